@@ -1,0 +1,674 @@
+"""LongLLaMA: LLaMA with the memory layers of the Focused Transformer (FoT), the whole architecture in one file.
+
+The idea (Tworkowski et al. 2023, "Focused Transformer: Contrastive Training for Context Scaling", arXiv:2307.03170):
+a transformer reads a window of a few thousand tokens. FoT gives a few of its layers, the *memory layers*, a second set
+of keys and values, those of every token before the window. Their queries attend with one softmax to both sets. There
+are no new weights, and a model trained on 8k tokens reads 256k and more.
+
+    memory (memory layers only)                        local context (every layer)
+    k v  k v  k v  k v  k v  k v  ...  k v  k v    |   k v   k v   k v   k v  <- q
+    keys unrotated, as if all at position 0        |   RoPE positions 0, 1, 2, 3 ...
+
+Five ideas carry it, each a short function or class below:
+
+  `Memory`                 Remembered keys have no position. RoPE was never trained to count to a million, so memory
+                           keeps keys unrotated, which is rotated at position 0, the start of the local context.
+  `attend`, `merge`        One softmax over both sets. It is the softmaxes over each, weighted by their log-sum-exps:
+                           exactly, so a memory of any length is attended to block by block.
+  `split_into_windows`     A long prompt is read window by window, and a window that was read moves into memory.
+  `Cache.restart`          Overflow: when the window is full, all of the local context moves into memory, and a new
+                           one starts at position 0.
+  `cross_batch_attention`  Training mixes keys of the true past with keys of unrelated documents, so that memory layers
+                           learn to tell them apart.
+
+Order: config, norm and RoPE, attention, cross-batch, memory and caches, block, loading, model. Axes of tensors:
+
+    B batch   T new tokens   S tokens in any set of keys   H query heads   G key-value heads (fewer: grouped-query)
+    D head dim   C hidden size   V vocabulary
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------- Config
+
+MEM_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def require(condition: bool, message: str):
+    if not condition:
+        raise ValueError(message)
+
+
+def is_count(value) -> bool:
+    return type(value) is int and value >= 1
+
+
+@dataclass(frozen=True)
+class LongLlamaConfig:
+    """What shapes the computation, under the names of a Hugging Face config.json. Impossible values raise ValueError."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    max_position_embeddings: int = 2048  # "the window": as many tokens as the local context is meant for
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    last_context_length: int = 1024  # so many of the last tokens of a prompt stay local, the rest goes into memory
+    mem_layers: tuple[int, ...] = ()  # the layers that have a memory; none: plain LLaMA
+    mem_positionals: bool = True  # False: memory layers rotate nothing
+    mem_dtype: str = "bfloat16"  # what memory is stored as; it is computed with in the model's dtype
+    mem_attention_grouping: tuple[int, int] | None = None  # at most (heads, queries) attend to memory at once
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
+        object.__setattr__(self, "mem_layers", tuple(self.mem_layers))
+        ids, counts, layers = range(self.vocab_size), (int, int | None), range(self.num_hidden_layers)
+        heads, grouping = self.num_attention_heads, self.mem_attention_grouping
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name.endswith("_token_id"):
+                require(type(value) is int and value in ids, f"{name} must be below vocab_size, not {value!r}")
+            elif field.type in counts:
+                require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
+            elif field.type is float:
+                require(type(value) in (int, float) and value > 0, f"{name} must be above 0, not {value!r}")
+        require(self.hidden_size % (2 * heads) == 0, f"hidden_size {self.hidden_size} is not {heads} heads of even size")
+        require(heads % self.num_key_value_heads == 0, "num_key_value_heads must divide num_attention_heads")
+        known = all(type(i) is int and i in layers for i in self.mem_layers)
+        require(known, f"mem_layers must be among layers 0 to {layers[-1]}, not {list(self.mem_layers)}")
+        require(self.mem_dtype in MEM_DTYPES, f"mem_dtype must be one of {MEM_DTYPES}, not {self.mem_dtype!r}")
+        fits = grouping is None or (len(grouping) == 2 and all(map(is_count, grouping)))
+        require(fits, f"mem_attention_grouping must be null or [heads, queries] of at least 1, not {grouping!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_json(cls, path: str | Path, **overrides) -> "LongLlamaConfig":
+        """Reads a config.json of transformers 4 or 5; refuses by name what this file does not compute."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+            raw["rope_type"] = rope.get("rope_type", rope.get("type"))
+            config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None} | overrides)
+            computed = {"rope_type": "default", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+            for name, value in (computed | {"head_dim": config.head_dim}).items():
+                require(raw.get(name) in (None, value), f"{name} {raw.get(name)!r} is not supported, only {value!r}")
+            return config
+        except (ValueError, TypeError, AttributeError) as error:  # broken JSON is a ValueError
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json(self, path: str | Path, dtype: torch.dtype):
+        extra = {"architectures": ["LongLlamaForCausalLM"], "model_type": "longllama", "hidden_act": "silu"}
+        text = json.dumps(extra | asdict(self) | {"torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------- Norm and RoPE
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019): normalised in float32, cast back, then scaled, in LLaMA's order."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_table(start: int, T: int, config: LongLlamaConfig, device: torch.device) -> Rope:
+    """cos and sin of the angles at positions start to start + T - 1 (Su et al. 2021), float32: (T, D/2) each."""
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    angle = torch.arange(start, start + T, device=device).float().outer(frequency)  # (T, D/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turns each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its angle: the half-split layout of Hugging Face weights."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- Attention
+#
+# Attention over one set of keys gives an `Attended`: the output softmax(q k^T / sqrt(D)) v, (B, H, T, D), and the
+# log-sum-exp of each query's scores, (B, H, T), which is all it takes to merge it with attention over another set.
+
+Attended = tuple[Tensor, Tensor]
+
+PLAIN_ROWS = 256  # of the score matrix, held at once where there is no fused kernel
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False) -> Attended:
+    """Attention of q (B, H, T, D) over one set of keys k and values v (B, G, S, D). H is a multiple of G.
+
+    real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t.
+    The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula itself.
+    """
+    B, H, T, D = q.shape
+    G = k.shape[1]
+    if H != G and causal:
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    elif H != G:  # queries in any order: those that share a key head stand side by side, and no key is copied
+        q = q.reshape(B, G, H // G * T, D)
+    # Padding scores the least finite number, not -inf: a query that sees only padding gets something, and never NaN.
+    bias = None if real is None else (~real.mT).to(q.dtype) * torch.finfo(q.dtype).min  # (B, 1, 1, S)
+
+    fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
+    if fused and q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+    elif fused and q.device.type == "cuda" and q.dtype != torch.float32 and bias is None:
+        q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))  # this kernel wants a multiple of 8; the 3B model has 100
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=D**-0.5)[:2]
+        out = out[..., :D]
+    else:
+        out, lse = attend_plain(q, k, v, bias, causal)
+    return out.reshape(B, H, T, D), lse.reshape(B, H, T)
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Attended:
+    """The formula, some rows of the score matrix at a time, with the softmax in float32."""
+    parts = []
+    for i, rows in enumerate(q.split(PLAIN_ROWS, dim=2)):
+        scores = (rows @ k.mT).float() * q.shape[-1] ** -0.5 + (0 if bias is None else bias)  # (B, H, rows, S)
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(i * PLAIN_ROWS + 1)
+            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+        parts.append((scores.softmax(dim=-1).to(v.dtype) @ v, scores.logsumexp(dim=-1)))
+    return join(parts, dim=2)
+
+
+def join(parts: list[Attended], dim: int) -> Attended:
+    """The results for different queries (dim 2) or heads (dim 1), side by side."""
+    outs, lses = zip(*parts)
+    return torch.cat(outs, dim), torch.cat(lses, dim)
+
+
+def merge(a: Attended, b: Attended) -> Attended:
+    """Attention over the union of two sets of keys from attention over each.
+
+    One softmax over both gives set a the share exp(lse_a) / (exp(lse_a) + exp(lse_b)) = sigmoid(lse_a - lse_b).
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    share = (lse_a - lse_b).sigmoid().unsqueeze(-1)  # (B, H, T, 1)
+    return share * out_a + (1 - share) * out_b, torch.logaddexp(lse_a, lse_b)
+
+
+def attend_local(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Attended:
+    """Causal attention of the newest T tokens, q (B, H, T, D), to the local context that ends with them: S tokens."""
+    T, S = q.shape[2], k.shape[2]
+    if T == 1 or T == S:
+        return attend(q, k, v, real, causal=T == S)
+    before, new = slice(0, S - T), slice(S - T, S)
+    parts = ((k[:, :, keys], v[:, :, keys], None if real is None else real[:, :, keys]) for keys in (before, new))
+    return merge(*(attend(q, *part, causal=causal) for part, causal in zip(parts, (False, True))))
+
+
+# ----------------------------------------------------------------------------------------------------- Cross-batch
+
+
+def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, extra: list[int]) -> Tensor:
+    """FoT's training attention (paper, section 3.2): entry b sees itself, causally, and all of the extra[b] entries before.
+
+    q (B, H, T, D); k, v and the unrotated keys (B, G, T, D) -> (B, H, T, D). The other entries' keys are unrotated, as
+    they would be in memory. One softmax goes over them and the entry's own keys, and gradients flow into all of them.
+    """
+    T, gqa = q.shape[2], q.shape[1] != k.shape[1]
+    if not any(extra):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    unrotated, values, outs = unrotated.unbind(), v.unbind(), []
+    for b, n in enumerate(extra):
+        keys_b = torch.cat((*unrotated[b - n : b], k[b]), dim=1)  # (G, (n + 1) * T, D), its own keys last
+        values_b = torch.cat(values[b - n : b + 1], dim=1)
+        seen = torch.ones(T, (n + 1) * T, dtype=torch.bool, device=q.device).tril(n * T)
+        outs.append(F.scaled_dot_product_attention(q[b, None], keys_b[None], values_b[None], seen, enable_gqa=gqa))
+    return torch.cat(outs)
+
+
+def cross_batch_extra(B: int, cross_batch_range: int, packing: int = 1, stepping: bool = True) -> list[int]:
+    """How many of the entries before it each of the B entries of a batch sees; at most cross_batch_range.
+
+    Entries are packed: `packing` consecutive ones are consecutive chunks of one document. So the nearest extra contexts
+    are the true past (positives), and those from before the document's start are unrelated (negatives). Stepping lets
+    one batch train several ranges, 0 included: the later an entry in its document, the more it sees.
+    """
+    step = -(-(cross_batch_range + 1) // max(packing - 1, 1))
+    ranges = [min(b % packing * step, cross_batch_range) if stepping else cross_batch_range for b in range(B)]
+    return [min(n, b) for b, n in enumerate(ranges)]  # nothing stands before the first entry
+
+
+# ----------------------------------------------------------------------------------------------- Memory and caches
+
+
+class Memory:
+    """The unrotated keys and the values of everything before the local context, for one memory layer.
+
+    They are kept in mem_dtype in blocks, (B, G, tokens, D) each. A new block is joined to the one before it if that is
+    not larger, up to BLOCK tokens. So block sizes are like the digits of a binary number: there are few blocks, a token is
+    moved at most log2(BLOCK) times, and none is ever changed, so that forks can share them.
+
+        blocks of 8 windows   [. . . . . . . .]       of 9   [. . . . . . . .] [.]       of 11   [. . . . . . . .] [. .] [.]
+    """
+
+    BLOCK = 16384  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
+
+    def __init__(self, config: LongLlamaConfig):
+        self.dtype, self.grouping = getattr(torch, config.mem_dtype), config.mem_attention_grouping
+        self.blocks: list[tuple[Tensor, Tensor]] = []  # (keys, values)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor):
+        """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
+        self.length += k.shape[2]
+        k, v = (x.to(self.dtype).contiguous().split(self.BLOCK, dim=2) for x in (k, v))
+        self.blocks += zip(k, v)
+        while len(self.blocks) > 1:
+            (k, v), (new_k, new_v) = self.blocks[-2:]
+            if k.shape[2] > new_k.shape[2] or k.shape[2] + new_k.shape[2] > self.BLOCK:
+                break
+            self.blocks[-2:] = [(torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2))]
+
+    def attend(self, q: Tensor, real: Tensor | None) -> Attended:
+        """Attention of q (B, H, T, D) over all M tokens remembered, at least one; real (B, 1, M, 1), as in `attend`."""
+        heads, queries = self.grouping or q.shape[1:3]
+        rows = max(heads * queries // q.shape[1], 1)  # of all heads, so as to make no more scores at once
+        return join([self._attend(part, real) for part in q.split(rows, dim=2)], dim=2)
+
+    def _attend(self, q: Tensor, real: Tensor | None) -> Attended:
+        sizes = [k.shape[2] for k, _ in self.blocks]
+        reals = real.split(sizes, dim=2) if real is not None else [None] * len(sizes)
+        parts = (attend(q, k.to(q.dtype), v.to(q.dtype), real) for (k, v), real in zip(self.blocks, reals))
+        return reduce(merge, parts)
+
+    def fork(self) -> "Memory":
+        twin = copy(self)
+        twin.blocks = list(self.blocks)
+        return twin
+
+
+class LayerCache:
+    """What one layer keeps: rotated keys and values of the local context, in a memory layer unrotated keys too; and a memory.
+
+    The tensors of `local`, (B, G, capacity, D), hold `length` tokens, and have room for more, to be written in place.
+    """
+
+    def __init__(self, memory: Memory | None):
+        self.memory, self.local, self.length = memory, [], 0
+
+    def append(self, k: Tensor, v: Tensor, unrotated: Tensor) -> list[Tensor]:
+        """Adds n tokens (B, G, n, D) to the local context, and returns all of its rotated keys, and values."""
+        new = [k, v] if self.memory is None else [k, v, unrotated]
+        old, start, self.length = self.filled(), self.length, self.length + k.shape[2]
+        if start == 0:
+            self.local = new
+        elif torch.is_grad_enabled():  # autograd forbids writing in place
+            self.local = [torch.cat(pair, dim=2) for pair in zip(old, new)]
+        else:
+            if self.length > self.local[0].shape[2]:
+                self.local = [F.pad(x, (0, 0, 0, 2 * self.length - start)) for x in old]
+            for tensor, x in zip(self.local, new):
+                tensor[:, :, start : self.length] = x
+        return self.filled()[:2]
+
+    def filled(self) -> list[Tensor]:
+        return [x[:, :, : self.length] for x in self.local]
+
+    def restart(self):
+        if self.memory is not None and self.length:
+            _, v, unrotated = self.filled()
+            self.memory.append(unrotated, v)
+        self.local, self.length = [], 0
+
+    def fork(self) -> "LayerCache":
+        twin = LayerCache(self.memory and self.memory.fork())
+        twin.local, twin.length = self.filled(), self.length  # without room: the twin never writes where this one does
+        return twin
+
+
+class Cache:
+    """What a model knows of the tokens that it has read: every layer's local context, and the memory layers' memory.
+
+    A model writes into the cache that it is given. To go on from one point more than once, go on from forks.
+    """
+
+    def __init__(self, config: LongLlamaConfig, memory: Callable[[LongLlamaConfig], Memory] = Memory):
+        mem_layers, layers = config.mem_layers, range(config.num_hidden_layers)
+        self.layers = [LayerCache(memory(config) if i in mem_layers else None) for i in layers]
+        self.local_length = 0  # tokens in the local context, and so the position of the next
+        self.memory_length = 0  # tokens in memory
+        self.real: Tensor | None = None  # (B, 1, memory_length + local_length, 1), False where padded; None: nowhere
+
+    def advance(self, T: int, real: Tensor | None):
+        """Counts T more tokens in the local context; real (B, 1, T, 1), or None."""
+        if real is not None and self.real is None:
+            self.real = real.new_ones(len(real), 1, self.memory_length + self.local_length, 1)
+        if self.real is not None:
+            new = self.real.new_ones(len(self.real), 1, T, 1) if real is None else real
+            self.real = torch.cat((self.real, new), dim=2)
+        self.local_length += T
+
+    def restart(self):
+        """The local context ends, and the next starts at position 0: memory layers remember it whole, others forget it."""
+        for layer in self.layers:
+            layer.restart()
+        self.memory_length += self.local_length
+        self.local_length = 0
+
+    def fork(self) -> "Cache":
+        """A cache that goes on by itself from here. What is remembered is shared, not copied; the futures are separate."""
+        twin = copy(self)
+        twin.layers = [layer.fork() for layer in self.layers]
+        return twin
+
+
+# ----------------------------------------------------------------------------------------------------------- Block
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LongLlamaConfig, has_memory: bool):
+        super().__init__()
+        self.H, self.G, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.has_memory, self.rotates = has_memory, config.mem_positionals or not has_memory
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.H + 2 * self.G) * self.D, bias=False)
+        self.o_proj = nn.Linear(self.H * self.D, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, real: Tensor | None, extra: list[int]) -> Tensor:
+        """x (B, T, C) -> (B, T, C): after what the cache holds; or, without a cache, in cross-batch training."""
+        q, k, v, unrotated = self.project(x, rope)
+        if cache is None:
+            out = cross_batch_attention(q, k, v, unrotated, extra if self.has_memory else [0] * len(extra))
+        else:
+            out = self.attend(q, *cache.append(k, v, unrotated), cache.memory, real)
+        return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))  # (B, H, T, D) -> (B, T, C)
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q (B, H, T, D); k, v, and k unrotated, (B, G, T, D) each."""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # (B, H + 2G, T, D)
+        q, k, v = qkv.split((self.H, self.G, self.G), dim=1)
+        return (rotate(q, rope), rotate(k, rope), v, k) if self.rotates else (q, k, v, k)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None, real: Tensor | None) -> Tensor:
+        """One softmax over the local context and, in a memory layer, all of memory (paper, section 3.1): (B, H, T, D)."""
+        S = k.shape[2]  # the local context is the last S of the tokens that `real` speaks of, memory all those before
+        attended = attend_local(q, k, v, None if real is None else real[:, :, -S:])
+        if memory is not None and memory.length:
+            attended = merge(memory.attend(q, None if real is None else real[:, :, :-S]), attended)
+        return attended[0]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: LongLlamaConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LongLlamaConfig, has_memory: bool):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, has_memory)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, real: Tensor | None, extra: list[int] = ()) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, real, extra)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def remember(self, x: Tensor, rope: Rope, cache: LayerCache):
+        """Only what `forward` leaves in the cache: all that it takes when nobody reads the output."""
+        cache.append(*self.self_attn.project(self.input_layernorm(x), rope)[1:])
+
+
+# --------------------------------------------------------------------------------------------------------- Loading
+
+
+def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """Name -> (file, shape, dtype such as "BF16") of the tensors in model.safetensors, or its shards; none is read."""
+    index, found = folder / "model.safetensors.index.json", {}
+    for path in (folder / name for name in (shard_names(index) if index.is_file() else ["model.safetensors"])):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: if the weights are pytorch_model.bin files, run convert.py first")
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in sorted(file.keys()) if not name.endswith("rotary_emb.inv_freq")}
+                found |= {name: (path, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is broken or cut short ({error}): get it again") from None
+    return found
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that a Hugging Face weight index names. They must lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{index} is broken: it must have a weight_map of tensor names to file names") from None
+    require(not outside, f"{index} names a file outside of its folder, which is not followed: {outside[:1]}")
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------- Model
+
+
+def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, bool]]:
+    """How T new tokens are read: the (start, stop, restart) of each piece, in order.
+
+    All but the last `last` tokens, the prefix, are read in windows of max_position_embeddings. restart: the local context
+    moves into memory before this piece. On a fresh cache every piece is a local context of its own; later a piece joins
+    the local context as long as they fit one window together. Without memory layers there is one piece, and no restart.
+    """
+    if not config.mem_layers:
+        return [(0, T, False)]
+    window, fresh = config.max_position_embeddings, cache.local_length + cache.memory_length == 0
+    prefix = max(T - last, 0)
+    starts = [*range(0, prefix, window), prefix]
+    pieces, local = [], cache.local_length
+    for start, stop in zip(starts, [*starts[1:], T]):
+        restart = local > 0 and (fresh or local + stop - start > window)
+        local = stop - start + (0 if restart else local)
+        pieces.append((start, stop, restart))
+    return pieces
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: torch.Generator | None) -> Tensor:
+    """One id for each row of logits (B, V), float32 -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = (logits / temperature).sort(dim=-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:  # an id stays while the likelier ones fall short of top_p; so the first always does
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=rng)).squeeze(-1)
+
+
+class LongLlama(nn.Module):
+    """LLaMA with memory layers; without any, LLaMA."""
+
+    def __init__(self, config: LongLlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i in config.mem_layers) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.hidden_size**-0.5)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (B, T, C) -> (B, T, V)."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(self.norm(x), head.weight)
+
+    def forward(
+        self, input_ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None,
+        last_context_length: int | None = None, logits_to_keep: int = 0,
+    ) -> tuple[Tensor, Cache]:
+        """Reads input_ids (B, T) after what the cache holds; returns logits (B, T, V), and the cache, T tokens further on.
+
+        attention_mask: (B, T), for the new tokens only; 0 is padding, on the left. last_context_length: instead of the
+        config's. logits_to_keep: n > 0 gives the logits of the last n positions only, (B, n, V), and saves all work that
+        only the others need. Logits at padding are undefined. Raises ValueError where shapes or lengths do not fit.
+        """
+        (B, T), window = input_ids.shape, self.config.max_position_embeddings
+        cache = Cache(self.config) if cache is None else cache
+        last = self.config.last_context_length if last_context_length is None else last_context_length
+        length = cache.local_length + T
+        require(T > 0, "input_ids must hold at least one token; an empty text starts from the bos token")
+        require(is_count(last), f"last_context_length must be at least 1, not {last!r}")
+        if length > window and not self.config.mem_layers:
+            raise ValueError(f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
+        real = None
+        if attention_mask is not None:
+            require(attention_mask.shape == (B, T), f"attention_mask must be {(B, T)}, not {tuple(attention_mask.shape)}")
+            real = None if attention_mask.all() else attention_mask.bool()[:, None, :, None]  # (B, 1, T, 1)
+
+        first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
+        hidden, pieces = [], split_into_windows(T, last, cache, self.config)
+        for i, (start, stop, restart) in enumerate(pieces):
+            if restart:
+                cache.restart()
+            leaves = i + 1 < len(pieces) and pieces[i + 1][2]  # into memory, before the next piece
+            real_i = None if real is None else real[:, :, start:stop]
+            x = self._read(input_ids[:, start:stop], cache, real_i, only_remember=leaves and stop <= first)
+            hidden.append(x[:, max(first - start, 0) :])
+        return self.logits(torch.cat(hidden, dim=1)), cache
+
+    def _read(self, input_ids: Tensor, cache: Cache, real: Tensor | None, only_remember: bool) -> Tensor:
+        """One piece of the input, (B, T) -> hidden states (B, T, C).
+
+        Where nobody wants a token's logits, and it leaves for memory before the next piece, it matters only through what
+        memory layers remember of it. So with only_remember, all behind the last one's keys and values is left out.
+        """
+        rope = rope_table(cache.local_length, input_ids.shape[1], self.config, input_ids.device)
+        cache.advance(input_ids.shape[1], real)
+        x = self.embed_tokens(input_ids)
+        for i, layer in enumerate(self.layers):
+            if only_remember and i == max(self.config.mem_layers):
+                layer.remember(x, rope, cache.layers[i])
+                break
+            x = layer(x, rope, cache.layers[i], cache.real)
+        return x
+
+    def forward_cross_batch(self, input_ids: Tensor, extra: list[int]) -> Tensor:
+        """FoT training: input_ids (B, T) -> logits (B, T, V). Entries are local contexts, without caches; in the memory
+        layers entry b also sees the extra[b] entries before it, see `cross_batch_extra`."""
+        rope = rope_table(0, input_ids.shape[1], self.config, input_ids.device)
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, rope, None, None, extra)
+        return self.logits(x)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, seed: int | None = None, eos_token_id: int | None = -1, cache: Cache | None = None,
+        attention_mask: Tensor | None = None, last_context_length: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Continues input_ids (B, T): yields ids (B,), one for each row, at most max_new_tokens times.
+
+        temperature 0 takes the likeliest. top_k, top_p: draw from the k likeliest only, and from the likeliest that make up
+        probability p. Ends when all rows had eos_token_id (-1: the config's; None: never); a row that had it gets
+        pad_token_id. Reads after the cache and writes into it all but the ids yielded last: to go on, begin with those.
+        """
+        cache = Cache(self.config) if cache is None else cache
+        eos = self.config.eos_token_id if eos_token_id == -1 else eos_token_id
+        rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            logits, _ = self(input_ids, cache, attention_mask, last_context_length, logits_to_keep=1)
+            ids = sample(logits[:, -1].float(), temperature, top_k, top_p, rng).masked_fill(ended, self.config.pad_token_id)
+            yield ids
+            ended |= ids == eos if eos is not None else False
+            if ended.all():
+                return
+            input_ids, attention_mask = ids[:, None], None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device="cpu", dtype=torch.float32, **config_overrides) -> "LongLlama":
+        """The model in a folder of config.json and model.safetensors (or Hugging Face's shards), straight onto the device.
+
+        Raises FileNotFoundError or ValueError, naming the file, the field or the tensor.
+        """
+        folder = Path(folder)
+        config = LongLlamaConfig.from_json(folder / "config.json", **config_overrides)
+        with torch.device("meta"):  # shapes without storage: they are compared before any is taken
+            model = cls(config)
+        found = find_weights(folder)
+        model.check_shapes({name: shape for name, (_, shape, _) in found.items()}, folder)
+        model = model.to(dtype).to_empty(device=device)
+        for name, tensor in model.hf_tensors().items():
+            with safe_open(found[name][0], framework="pt", device=str(device)) as file:
+                tensor.copy_(file.get_tensor(name))
+        return model.eval()
+
+    def check_shapes(self, found: dict[str, list[int]], where: Path):
+        """Raises ValueError where the tensors found, name -> shape, are not those of this model."""
+        right = {name: list(tensor.shape) for name, tensor in self.hf_tensors().items()}
+        if self.config.tie_word_embeddings:
+            found = {name: shape for name, shape in found.items() if name != "lm_head.weight"}
+        wrong = sorted(name for name in found.keys() | right if found.get(name) != right.get(name))
+        listed = [f"{name} is {found.get(name, 'missing')}, not {right.get(name, 'expected')}" for name in wrong[:3]]
+        require(not wrong, f"{where}: weights and config.json differ in {len(wrong)} tensors: {'; '.join(listed)}")
+
+    def save_pretrained(self, folder: str | Path):
+        """Writes config.json and model.safetensors, in the parameters' dtype."""
+        tensors = {name: tensor.clone() for name, tensor in self.hf_tensors().items()}
+        unfinished = Path(folder) / "model.safetensors.part"
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.replace(Path(folder) / "model.safetensors")
+        self.config.to_json(Path(folder) / "config.json", self.norm.weight.dtype)
+
+    def hf_tensors(self) -> dict[str, Tensor]:
+        """The weights under Hugging Face's names: views, since q, k, v and gate, up are one matrix each here, for speed."""
+        config, tensors = self.config, {}
+        kv = config.num_key_value_heads * config.head_dim
+        fused = {
+            "qkv_proj": (("q_proj", "k_proj", "v_proj"), (config.hidden_size, kv, kv)),
+            "gate_up_proj": (("gate_proj", "up_proj"), (config.intermediate_size, config.intermediate_size)),
+        }
+        for name, parameter in self.named_parameters():
+            module, prefix = name.split(".")[-2], "" if name.startswith("lm_head") else "model."
+            theirs, rows = fused.get(module, ((module,), (len(parameter),)))
+            parts = zip(theirs, parameter.detach().split(rows))
+            tensors |= {prefix + name.replace(module, their): part for their, part in parts}
+        return tensors
