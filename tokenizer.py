@@ -1,0 +1,88 @@
+"""Text to token ids and back: a SentencePiece model with LLaMA's conventions.
+
+Ids are those of raw SentencePiece, `<s>` in front. Two things differ from what the fast tokenizers of other libraries do:
+
+* Control text is text. `</s>` in a prompt is the characters `<`, `/`, `s`, `>`, never the id that ends a document;
+  special tokens are asked for by id (`bos=True`, `tokenizer.eos_id`).
+* Spaces are whatever the SentencePiece model makes of them: OpenLLaMA v1's drops leading, trailing and repeated ones
+  (so it is poor at code), v2's keeps all.
+"""
+
+import codecs
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+SPACE = "\u2581"  # how pieces write a space
+
+
+class Tokenizer:
+    """bos_id, eos_id: ids of `<s>` and `</s>`; vocab_size: how many ids there are. Raises OSError, ValueError."""
+
+    def __init__(self, path: str | Path):
+        model = Path(path).read_bytes()
+        self.sp = SentencePieceProcessor()
+        try:
+            self.sp.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise ValueError(f"{path} is not a SentencePiece model: get it again") from None
+        self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+        # What decoding drops where a text starts: no space, the one that encoding put there, or the space of piece after piece.
+        letter, space = self.sp.piece_to_id("a"), self.sp.piece_to_id(SPACE)
+        self.drops_leading_space = self.sp.decode([space, letter]) == "a"
+        self.drops_leading_spaces = self.sp.decode([space, space, letter]) == "a"
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        return [self.bos_id] * bos + self.sp.encode(text) + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids. Special tokens, and ids that the model has but the tokenizer has not, are no text."""
+        return self.sp.decode([i for i in ids if self.is_text(i)])
+
+    def is_text(self, i: int) -> bool:
+        return 0 <= i < self.vocab_size and not self.sp.is_control(i) and not self.sp.is_unknown(i)
+
+
+class StreamDecoder:
+    """Decodes ids one by one. The texts that `feed` and the final `flush` return, joined, are `Tokenizer.decode` of all ids.
+
+    Text comes as soon as it is whole: only the bytes of an unfinished character are held back. `continues`: the ids go on
+    after other text, so that a leading space belongs to them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, continues: bool = False):
+        self.tokenizer = tokenizer
+        self.drops_space = tokenizer.drops_leading_space and not continues
+        self.pending = b""  # the first bytes of a character
+
+    def feed(self, i: int) -> str:
+        if not self.tokenizer.is_text(i):
+            return ""
+        piece = self.tokenizer.sp.id_to_piece(i)
+        if self.tokenizer.sp.is_byte(i):
+            self.drops_space = False
+            return self._feed_byte(bytes([int(piece[1:-1], 16)]))  # <0x0A>
+        if self.drops_space:
+            self.drops_space = self.tokenizer.drops_leading_spaces and piece == SPACE
+            piece = piece.removeprefix(SPACE)
+        return self.flush() + piece.replace(SPACE, " ")
+
+    def flush(self) -> str:
+        """What was held back, at the end of the ids: bytes that are no character, each as U+FFFD."""
+        pending, self.pending = self.pending, b""
+        return "\ufffd" * len(pending)
+
+    def _feed_byte(self, byte: bytes) -> str:
+        replaced, self.pending = "", self.pending + byte
+        while True:
+            try:
+                text = codecs.getincrementaldecoder("utf-8")().decode(
+                    self.pending
+                )  # "" while a character is unfinished
+            except (
+                UnicodeDecodeError
+            ):  # the first byte starts no character: SentencePiece replaces it and tries the next
+                replaced, self.pending = replaced + "\ufffd", self.pending[1:]
+                continue
+            self.pending = b"" if text else self.pending
+            return replaced + text
