@@ -1,0 +1,66 @@
+"""A random checkpoint of the size and in the layouts of the released 3B model, to try conversion and generation at real size.
+
+python benchmarks/random_checkpoint.py --layout bin --tokenizer tokenizer.model --output random_3b_bin
+python convert.py --input random_3b_bin --output random_3b
+python generate.py --model random_3b --prompt-file tiny/book.txt
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from longllama import LongLlama, LongLlamaConfig
+
+CONFIG = {
+    "hidden_size": 3200,
+    "intermediate_size": 8640,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 32,
+    "mem_layers": (6, 12, 18),
+}
+SHARDS = 4
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--layout", choices=["bin", "safetensors"], required=True, help="one .bin, or sharded safetensors"
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.model with at most 32000 ids")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True)
+    config = LongLlamaConfig(**CONFIG)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LongLlama(config).hf_tensors().items()}
+    torch.manual_seed(0)
+    tensors = {
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) == 1
+        else torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.03, 0.03)
+        for name, shape in shapes.items()
+    }
+    for i in range(config.num_hidden_layers):  # the released files carry these tables, which nobody needs
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(config.head_dim // 2)
+    if args.layout == "bin":
+        torch.save(tensors, args.output / "pytorch_model.bin")
+    else:
+        index = {}
+        for i in range(SHARDS):
+            file = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
+            part = {name: tensors[name] for name in sorted(tensors)[i::SHARDS]}
+            save_file(part, args.output / file)
+            index |= dict.fromkeys(part, file)
+        (args.output / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config.to_json(args.output / "config.json", torch.bfloat16)
+    shutil.copyfile(args.tokenizer, args.output / "tokenizer.model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Hugging Face LLaMA and LongLLaMA folders to ours, and back.
+
+    python convert.py --input HF_DIR --output DIR [--dtype bfloat16]      # pytorch_model.bin or safetensors, whole or sharded
+    python convert.py --input DIR --output HF_DIR --to-hf                 # for LlamaForCausalLM.from_pretrained
+
+Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model. Going back, the
+weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept.
+
+Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
+tensors, and no file outside the input folder is opened.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from longllama import LongLlama, LongLlamaConfig, find_weights, shard_names
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
+
+
+def read_weights(folder: Path) -> Weights:
+    """The tensors of a Hugging Face folder, of safetensors files if there are any. None is in memory until it is read."""
+    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+        return dict(safetensors_weights(folder))
+    index = folder / "pytorch_model.bin.index.json"
+    return dict(
+        bin_weights([folder / name for name in (shard_names(index) if index.is_file() else ["pytorch_model.bin"])])
+    )
+
+
+def safetensors_weights(folder: Path) -> Iterator:
+    dtypes = {short: dtype for dtype, short in SAFETENSORS_DTYPES.items()}
+
+    def read(path: Path, name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:  # opened for each tensor, so that the one before is let go
+            return file.get_tensor(name)
+
+    for name, (path, shape, dtype) in find_weights(folder).items():
+        if dtype not in dtypes:
+            raise ValueError(f"{path}: {name} is {dtype}, which is not one of {', '.join(dtypes)}")
+        yield name, (shape, dtypes[dtype], partial(read, path, name))
+
+
+def bin_weights(paths: list[Path]) -> Iterator:
+    load = lru_cache(maxsize=1)(load_bin)  # one shard at a time
+    for path in paths:
+        for name, tensor in load(path).items():
+            yield name, (list(tensor.shape), tensor.dtype, lambda path=path, name=name: load(path)[name])
+
+
+def load_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, mapped rather than read, without the rotary tables (they are computed here)."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: --input needs model.safetensors or pytorch_model.bin, or their shards"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is broken, or holds more than tensors: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(
+        getattr(x, "dtype", None) in SAFETENSORS_DTYPES for x in tensors.values()
+    ):
+        raise ValueError(f"{path} is not a dictionary of float32, bfloat16 or float16 tensors")
+    return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def write_weights(path: Path, weights: Weights, dtype: torch.dtype | None):
+    """Writes model.safetensors tensor by tensor: an 8-byte header length, a JSON header, the data (safetensors' own writer
+    wants all tensors in memory at once)."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, stored, _) in weights.items():
+        end = offset + torch.Size(shape).numel() * (dtype or stored).itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype or stored], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, read in weights.values():
+            tensor = read()
+            file.write(tensor.to(dtype or tensor.dtype).contiguous().view(torch.uint8).numpy().data)
+
+
+def hf_config(config: LongLlamaConfig, dtype: torch.dtype, path: Path):
+    """config.json as LlamaForCausalLM reads it; it ignores the memory settings, and convert.py finds them again."""
+    config.to_json(path, dtype)
+    raw = json.loads(path.read_text(encoding="utf-8")) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
+    if not source.is_dir():
+        raise FileNotFoundError(f"--input {source} is not a folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir()) and not force):
+        raise FileExistsError(f"--output {target} exists and is not an empty folder: name another one, or add --force")
+    if target.exists() and target.samefile(source):
+        raise ValueError("--output is the --input folder: name another one")
+    config = LongLlamaConfig.from_json(source / "config.json")
+    with torch.device("meta"):
+        model = LongLlama(config)
+    weights = read_weights(source)
+    model.check_shapes({name: shape for name, (shape, _, _) in weights.items()}, source)
+    wanted = model.hf_tensors()  # not the copy that tied weights may come with; and in the order of the files
+    weights = {name: weight for name, weight in weights.items() if name in wanted}
+    saved = dtype or next(iter(weights.values()))[1]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as name:
+        made = Path(name)
+        write_weights(made / "model.safetensors", weights, dtype)
+        (hf_config(config, saved, made / "config.json") if to_hf else config.to_json(made / "config.json", saved))
+        if (source / "tokenizer.model").is_file():
+            shutil.copyfile(source / "tokenizer.model", made / "tokenizer.model")
+        else:
+            print(f"convert.py: warning: {source} has no tokenizer.model; generate.py will need one", file=sys.stderr)
+        target.mkdir(exist_ok=True)
+        for file in sorted(
+            made.iterdir(), key=lambda file: file.name == "config.json"
+        ):  # last: it makes the folder a model
+            os.replace(file, target / file.name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--input", type=Path, required=True, help="folder to read")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")
+    parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
+    parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")
+    args = parser.parse_args()
+    try:
+        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
