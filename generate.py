@@ -1,0 +1,245 @@
+"""Continues a text with a LongLLaMA model: `python generate.py --prompt "..."`, or `--prompt-file book.txt`.
+
+The continuation, and nothing else, goes to standard output. Warnings, progress and statistics go to standard error.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from longllama import MEM_DTYPES, Cache, LongLlama
+from tokenizer import StreamDecoder, Tokenizer
+
+TINY = Path(__file__).resolve().parent / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
+    """An argparse type: a number from low (or, with above, from just above it) to high."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'at least'} {low}"
+                + f" and at most {high}" * (high < float("inf"))
+            )
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
+    parser.add_argument(
+        "--model", type=Path, default=TINY, metavar="DIR", help="default: the tiny model that comes along"
+    )
+    parser.add_argument("--max-new-tokens", type=number(int, 0), default=100, metavar="N")
+    parser.add_argument(
+        "--temperature", type=number(float, 0), default=0.8, metavar="X", help="0: always the likeliest (default 0.8)"
+    )
+    parser.add_argument("--top-k", type=number(int, 1), metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=number(float, 0, 1, above=True), metavar="P", help="draw from the likeliest of probability P"
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N")
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or a torch device"
+    )
+    parser.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU"
+    )
+    parser.add_argument(
+        "--last-context-length", type=number(int, 1), metavar="N", help="so many last tokens stay local"
+    )
+    parser.add_argument("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")
+    parser.add_argument("--mem-attention-grouping", type=number(int, 1), nargs=2, metavar=("H", "Q"),
+                        help="attend to memory with at most H heads x Q queries at once: less memory, more time")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="compile the model's layers first (torch.compile)")
+    parser.add_argument("--quiet", action="store_true", help="no progress, statistics or warnings")
+    return parser, parser.parse_args()
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    try:
+        data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompt-file {args.prompt_file} is not UTF-8 text (byte {error.start}): convert it first"
+        ) from None
+
+
+def load(folder: Path, device: torch.device, dtype: str = "auto", **overrides) -> tuple[LongLlama, Tokenizer]:
+    """The model and the tokenizer in a folder. Raises OSError or ValueError."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    model = LongLlama.from_pretrained(folder, device, dtype, **{k: v for k, v in overrides.items() if v is not None})
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: "
+            "they do not belong together"
+        )
+    return model, tokenizer
+
+
+def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama) -> Iterator[str]:
+    config, new = model.config, args.max_new_tokens
+    if prompt.lstrip().startswith("<s>"):
+        yield "the prompt begins with the text <s>; the bos token is added without it, so leave it out"
+    window, last = config.max_position_embeddings, config.last_context_length
+    if config.mem_layers and min(T, last) + new > window:
+        fits = (
+            f"--last-context-length {window - new} avoids it"
+            if new < window
+            else f"at most {window - 1} new tokens avoid it"
+        )
+        yield (
+            f"last context {last} + {new} new tokens exceed the window of {window}: once it is full, layers without memory "
+            f"start again with almost no context; {fits}"
+        )
+
+
+class Progress:
+    """Counts windows and prompt tokens as the model embeds them, and shows a bar on a terminal."""
+
+    def __init__(self, model: LongLlama, total: int, shown: bool):
+        self.total, self.windows, self.tokens = total, 0, 0
+        self.shown = shown and total > model.config.max_position_embeddings
+        self.hook = model.embed_tokens.register_forward_hook(self.advance)
+
+    def advance(self, module, inputs, output):
+        self.windows, self.tokens = self.windows + 1, self.tokens + inputs[0].shape[1]
+        if self.shown:
+            done = 40 * self.tokens // self.total
+            bar = f"[{'#' * done}{'.' * (40 - done)}]"
+            print(f"\rreading {bar} {self.tokens:,} of {self.total:,} tokens", end="", file=sys.stderr, flush=True)
+
+    def close(self):
+        self.hook.remove()
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def process_peak() -> int:
+    """Bytes of main memory that this process took at the most; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def statistics(
+    cache: Cache, progress: Progress, T: int, new: int, started: float, first: float, ended: float, device: torch.device
+) -> str:
+    blocks = [block for layer in cache.layers if layer.memory for block in layer.memory.blocks]
+    memory = sum(x.nbytes for keys_values in blocks for x in keys_values)
+    if device.type == "cuda":
+        peak, of = torch.cuda.max_memory_allocated(device), "GPU"
+    else:
+        peak, of = process_peak(), "process"
+    decode = f"{(new - 1) / (ended - first):,.1f} tokens/s" if new > 1 and ended > first else "-"
+    return (
+        f"prompt {T:,} tokens in {progress.windows:,} windows | "
+        f"memory {cache.memory_length:,} tokens, {memory / 2**20:,.1f} MiB | "
+        f"prefill {T / (first - started):,.0f} tokens/s | decode {decode} | peak {of} memory {peak / 2**20:,.0f} MiB"
+    )
+
+
+def compile_layers(model: LongLlama):
+    """Compiles what holds no cache: its lengths change with every token, and each would be compiled anew."""
+    for layer in model.layers:
+        layer.mlp.compile(dynamic=True)
+        layer.self_attn.project = torch.compile(layer.self_attn.project, dynamic=True)
+
+
+def run(args: argparse.Namespace):
+    device = pick_device(args.device)
+    prompt = read_prompt(args)
+    model, tokenizer = load(
+        args.model,
+        device,
+        args.dtype,
+        last_context_length=args.last_context_length,
+        mem_dtype=args.mem_dtype,
+        mem_attention_grouping=args.mem_attention_grouping,
+    )
+    if args.compile:
+        compile_layers(model)
+    ids = torch.tensor([tokenizer.encode(prompt)], device=device)
+    T, cache, decoder, new = ids.shape[1], Cache(model.config), StreamDecoder(tokenizer, continues=bool(prompt)), 0
+    if not args.quiet:
+        for warning in warnings(args, prompt, T, model):
+            print(f"generate.py: warning: {warning}", file=sys.stderr)
+    progress = Progress(model, T, shown=not args.quiet and sys.stderr.isatty())
+    started = first = time.perf_counter()
+    settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    try:
+        for token in model.generate(ids, args.max_new_tokens, cache=cache, **settings):
+            token = token.item()
+            if new == 0:
+                progress.close()
+                first = time.perf_counter()
+            new += 1
+            print(decoder.feed(token), end="", flush=True)
+    finally:  # after Ctrl-C too
+        ended = time.perf_counter()
+        progress.close()
+        if new:
+            print(decoder.flush(), flush=True)
+        if new and not args.quiet:
+            print(statistics(cache, progress, T, new, started, first, ended, device), file=sys.stderr)
+
+
+def main():
+    parser, args = arguments()
+    try:
+        run(args)
+    except (OSError, ValueError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read our output has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        parser.error(first_line(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        parser.error(
+            "out of memory: try a shorter prompt, --dtype bfloat16, --mem-dtype bfloat16 or --mem-attention-grouping 1 256"
+        )
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
