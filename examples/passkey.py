@@ -1,0 +1,203 @@
+"""Pass-key retrieval (Mohtashami and Jaggi 2023; the paper's figure 1): five digits hidden in a long text, asked for at its end.
+
+    python examples/passkey.py                                             # the tiny model, up to 16k tokens
+    python examples/passkey.py --lengths 1k,64k,1M --trials 20 --picture passkey.png
+    python examples/passkey.py --model DIR OTHER_DIR --device cuda         # models side by side
+
+Prompts have exactly the length asked for, in tokens. Keys lie at random depths, spread evenly from the start of the prompt
+(0%) to its end. A trial counts when greedy decoding gives all five digits. The filler is real text (--text), or the sentences
+about green grass that such tests are usually made of, or each in half of the trials.
+"""
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generate import DTYPES, TINY, load, pick_device
+from longllama import LongLlama
+from tokenizer import SPACE, StreamDecoder, Tokenizer
+
+INTRO = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there."
+)
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+KEY = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+
+TOKENS_AT_ONCE = 1 << 17  # short prompts are read as batches of about this size
+
+
+@dataclass(frozen=True)
+class Trial:
+    model: str
+    filler: str
+    length: int
+    depth: float  # where the key is: 0 at the start of the prompt, 1 at its end
+    found: bool
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, length: int, depth: float, key: str, filler: list[int], rng: torch.Generator
+) -> list[int]:
+    """`length` token ids: intro, filler with the key at `depth` of it, question. The filler starts anywhere in the list."""
+    start, needle, question = (tokenizer.encode(t, bos=t is INTRO) for t in (INTRO, KEY.format(key=key), QUESTION))
+    n = length - len(start) - len(needle) - len(question)
+    if n < 0:
+        raise ValueError(f"--lengths: a prompt takes at least {length - n} tokens, {length} are too few")
+    offset = int(torch.randint(len(filler), (1,), generator=rng))
+    text = [filler[(offset + i) % len(filler)] for i in range(n)]
+    place = round(depth * n)
+    while 0 < place < n and not tokenizer.sp.id_to_piece(text[place]).startswith(SPACE):
+        place -= 1  # not inside a word
+    return start + text[:place] + needle + text[place:] + question
+
+
+def measure(
+    model: LongLlama,
+    tokenizer: Tokenizer,
+    name: str,
+    fillers: dict[str, list[int]],
+    length: int,
+    trials: int,
+    seed: int,
+) -> list[Trial]:
+    """`trials` trials of one length for each filler."""
+    rng, results = torch.Generator().manual_seed(seed), []
+    device = model.embed_tokens.weight.device
+    at_once = max(1, TOKENS_AT_ONCE // length)
+    for filler, text in fillers.items():
+        keys = ["".join(map(str, torch.randint(10, (5,), generator=rng).tolist())) for _ in range(trials)]
+        depths = ((torch.arange(trials) + torch.rand(trials, generator=rng)) / trials).tolist()
+        for i in range(0, trials, at_once):
+            batch = list(zip(keys, depths))[i : i + at_once]
+            ids = torch.tensor(
+                [prompt_ids(tokenizer, length, depth, key, text, rng) for key, depth in batch], device=device
+            )
+            steps = len(tokenizer.encode(keys[0], bos=False)) + 1
+            answers = torch.stack(list(model.generate(ids, steps, temperature=0, eos_token_id=None)), dim=1).tolist()
+            for (key, depth), answer in zip(batch, answers):
+                text_out = "".join(map(StreamDecoder(tokenizer).feed, answer))
+                results.append(Trial(name, filler, length, depth, text_out.strip().startswith(key)))
+    return results
+
+
+def share(trials: list[Trial]) -> float:
+    return sum(trial.found for trial in trials) / len(trials)
+
+
+def group(trials: list[Trial], key) -> dict:
+    groups = defaultdict(list)
+    for trial in trials:
+        groups[key(trial)].append(trial)
+    return groups
+
+
+def table(trials: list[Trial]) -> str:
+    """Markdown: a row for each model and filler, a column for each length: found / asked."""
+    lengths = sorted({trial.length for trial in trials})
+    lines = ["| model | filler | " + " | ".join(map(short, lengths)) + " |", "| --- " * (len(lengths) + 2) + "|"]
+    for (model, filler), row in group(trials, lambda t: (t.model, t.filler)).items():
+        cells = group(row, lambda t: t.length)
+        found = [f"{100 * share(cells[n]):.0f}% ({len(cells[n])})" if n in cells else "" for n in lengths]
+        lines.append(f"| {model} | {filler} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def picture(trials: list[Trial], path: Path, bins: int):
+    """A heat map for each model: prompt length across, depth of the key down, colour the share found."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    models, lengths = group(trials, lambda t: t.model), sorted({trial.length for trial in trials})
+    figure, axes = pyplot.subplots(
+        1, len(models), figsize=(1.5 + 3.2 * len(models), 3.2), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (name, rows) in zip(axes[0], models.items()):
+        cells = group(rows, lambda t: (min(int(t.depth * bins), bins - 1), lengths.index(t.length)))
+        grid = [
+            [share(cells[d, n]) if (d, n) in cells else float("nan") for n in range(len(lengths))] for d in range(bins)
+        ]
+        image = axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        for d, row in enumerate(grid):
+            for n, value in enumerate(row):
+                axis.text(n, d, f"{100 * value:.0f}" if value == value else "", ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(lengths)), map(short, lengths))
+        axis.set_yticks(range(bins), [f"{100 * d // bins}-{100 * (d + 1) // bins}%" for d in range(bins)])
+        axis.set(title=name, xlabel="prompt length, tokens")
+    axes[0][0].set_ylabel("depth of the pass key")
+    figure.colorbar(image, ax=axes, label="found")
+    figure.savefig(path, dpi=110)
+
+
+def short(n: int) -> str:
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if n % size == 0:
+            return f"{n // size}{unit}"
+    return str(n)
+
+
+def parse_lengths(text: str) -> list[int]:
+    units = {"k": 1 << 10, "M": 1 << 20}
+    try:
+        return [int(part[:-1]) * units[part[-1]] if part[-1] in units else int(part) for part in text.split(",")]
+    except (ValueError, IndexError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths such as 512,16k,1M") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, nargs="+", default=[TINY], metavar="DIR")
+    parser.add_argument("--lengths", type=parse_lengths, default=[1 << 10, 1 << 12, 1 << 14], help="such as 512,16k,1M")
+    parser.add_argument("--trials", type=int, default=10, help="for each length and filler")
+    parser.add_argument("--filler", choices=["text", "grass", "both"], default="both")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", default=[TINY / "book.txt"], metavar="FILE", help="repeated where too short"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here too")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw length x depth (needs matplotlib)")
+    parser.add_argument("--depth-bins", type=int, default=5, help="rows of the picture")
+    args = parser.parse_args()
+    try:
+        if args.trials < 1:
+            raise ValueError("--trials must be at least 1")
+        text = " ".join(path.read_text(encoding="utf-8") for path in args.text)
+        trials = []
+        for folder in args.model:
+            model, tokenizer = load(folder, pick_device(args.device), args.dtype)
+            fillers = {"text": tokenizer.encode(text, bos=False), "grass": tokenizer.encode(GRASS, bos=False)}
+            if args.filler != "both":
+                fillers = {args.filler: fillers[args.filler]}
+            for length in args.lengths:
+                started = time.perf_counter()
+                new = measure(model, tokenizer, folder.resolve().name, fillers, length, args.trials, args.seed)
+                trials += new
+                seconds = (time.perf_counter() - started) / len(new)
+                print(
+                    f"{folder.name} {short(length)}: {100 * share(new):.0f}% of {len(new)}, {seconds:.2f} s each",
+                    file=sys.stderr,
+                )
+        print(table(trials))
+        if args.table:
+            args.table.write_text(table(trials) + "\n", encoding="utf-8")
+        if args.picture:
+            picture(trials, args.picture, args.depth_bins)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
