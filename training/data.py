@@ -1,0 +1,146 @@
+"""What the model is trained on: batches of packed documents, of plain text and of pass-key tasks.
+
+Every batch is a function of (seed, step) alone, so training can be stopped, resumed and spread over processes, and goes
+through the very same batches.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.passkey import GRASS, INTRO, KEY, QUESTION
+from tokenizer import Tokenizer
+
+HELD_OUT = 16  # every so many-th document is kept for validation
+
+
+def held_out(files: list) -> list:
+    return files[HELD_OUT // 2 :: HELD_OUT]
+
+
+def text_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.txt"))
+    if len(files) < HELD_OUT:
+        raise ValueError(
+            f"{folder} needs at least {HELD_OUT} .txt files, a document each: python training/fetch_data.py fetches some"
+        )
+    return files
+
+
+@dataclass
+class Batch:
+    """inputs, targets (B, T) int64; answers (B, T) bool: the targets that are digits of a pass key asked for."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    answers: np.ndarray
+
+
+class Corpus:
+    """The training documents of a folder as token ids, and the documents made of them."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        files = text_files(folder)
+        kept = set(held_out(files))
+        self.documents = [encode(tokenizer, path) for path in files if path not in kept]
+        self.weights = np.array([len(document) for document in self.documents], dtype=np.float64)
+        self.weights /= self.weights.sum()
+        self.boundary = np.array([tokenizer.eos_id, tokenizer.bos_id])
+        self.tokenizer = tokenizer
+        self.intro, self.grass, self.question = (
+            np.array(tokenizer.encode(t, bos=False)) for t in (INTRO, GRASS, QUESTION)
+        )
+        self.full_stop = np.array(tokenizer.encode("1.", bos=False)[-1:])
+
+    def text(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """n tokens of text from a random place on; where a document ends, `</s><s>` and another one follow."""
+        parts, length = [], 0
+        while length < n or not parts:
+            document = self.documents[rng.choice(len(self.documents), p=self.weights)]
+            part = document if parts else document[rng.integers(max(len(document) - n, 1)) :]
+            parts += [part, self.boundary]
+            length += len(part) + len(self.boundary)
+        return np.concatenate(parts)[:n]
+
+    def filler(self, rng: np.random.Generator, n: int, style: str) -> np.ndarray:
+        """n tokens of real text, of the grass filler repeated, or of a mixture of both."""
+        if style == "text":
+            return self.text(rng, n)
+        if style == "grass":
+            start = rng.integers(len(self.grass))
+            return np.resize(np.roll(self.grass, -start), n)
+        parts, length = [], 0
+        while length < n or not parts:
+            parts.append(self.filler(rng, int(rng.integers(20, 200)), str(rng.choice(["text", "grass"]))))
+            length += len(parts[-1])
+        return np.concatenate(parts)[:n]
+
+    def passkey(
+        self, rng: np.random.Generator, n: int, window: int, dense: bool, cut: float = 0.0, repeated: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """n tokens with a pass key stated once and asked for later; and which of them are digits of an answer.
+
+        dense: asked for again and again, a few words of filler between, so that a document has many answers to learn
+        from. Otherwise: one question, or a few, at least half a window after the statement.
+
+        The two hard cases can be made more frequent. cut: in this share of documents that are not dense the statement
+        lies across the border of two windows, so that what is behind it was read without what stands before it.
+        repeated: this share of keys has at most three different digits, so that a digit does not tell which comes next.
+        """
+        digits = rng.integers(0, 10, 5)
+        if repeated and rng.random() < repeated:
+            digits = rng.choice(digits[:3], 5)
+        key = "".join(map(str, digits))
+        style = str(rng.choice(["text", "grass", "mixed"]))
+        statement = np.array(self.tokenizer.encode(KEY.format(key=key), bos=False))
+        answer = np.array(self.tokenizer.encode(key, bos=False))
+        asked = np.concatenate((self.question, answer, self.full_stop))
+        start = [self.boundary[1:], self.intro if rng.random() < 0.5 else self.intro[:0]]
+        if dense:
+            places, place = [], int(rng.integers(0, window // 4))
+            while place < n:
+                places.append(place)
+                place += int(rng.integers(1, 16)) + len(asked)
+        else:
+            first = int(rng.integers(0, n - window))
+            if cut and rng.random() < cut:
+                first = int(rng.integers(1, n // window)) * window - int(rng.integers(1, len(statement)))
+            later = rng.integers(first + window // 2, n - len(asked), size=rng.integers(1, 4))
+            places = [first, *sorted(int(p) for p in later)]
+
+        parts, marks, length = start, [np.zeros(sum(map(len, start)), bool)], sum(map(len, start))
+        for i, place in enumerate(places):
+            gap = self.filler(rng, max(place - length, 0), style)
+            piece = asked if i else statement
+            mark = np.zeros(len(gap) + len(piece), bool)
+            if i:
+                mark[-6:-1] = True  # the five digits before the full stop
+            parts, marks, length = [*parts, gap, piece], [*marks, mark], length + len(mark)
+        parts.append(self.filler(rng, max(n - length, 0), style))
+        marks.append(np.zeros(len(parts[-1]), bool))
+        return np.concatenate(parts)[:n], np.concatenate(marks)[:n]
+
+    def batch(
+        self, seed: tuple[int, ...], documents: int, packing: int, window: int, mix: dict[str, float], **hard: float
+    ) -> Batch:
+        """documents x packing entries of window tokens; entries packing * i ... packing * (i + 1) - 1 are document i.
+
+        mix: the probability of each kind of document, "text", "dense" and "passkey". hard: `cut`, `repeated` of `passkey`.
+        """
+        rng = np.random.default_rng(seed)
+        n = packing * window + 1
+        tokens, answers = np.empty((documents, n), np.int64), np.zeros((documents, n), bool)
+        for i, kind in enumerate(rng.choice(list(mix), documents, p=list(mix.values()))):
+            if kind == "text":
+                tokens[i] = self.text(rng, n)
+            else:
+                tokens[i], answers[i] = self.passkey(rng, n, window, kind == "dense", **hard)
+        entries = (documents * packing, window)
+        return Batch(tokens[:, :-1].reshape(entries), tokens[:, 1:].reshape(entries), answers[:, 1:].reshape(entries))
+
+
+def encode(tokenizer: Tokenizer, path: Path) -> np.ndarray:
+    return np.array(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=np.int32)

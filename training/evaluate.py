@@ -1,0 +1,76 @@
+"""Perplexity of held-out text, by how much of what came before is in memory.
+
+    python training/evaluate.py --model tiny
+
+Takes windows of held-out documents that have at least as many windows before them as the largest memory asked for, and reads each
+of them after 0, 1, 4, ... of those windows. So every column is about the very same tokens.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import encode, held_out, text_files
+
+from generate import DTYPES, TINY, load, pick_device
+from longllama import LongLlama
+
+BATCH = 8  # windows read at once
+
+
+@torch.no_grad()
+def perplexity(
+    model: LongLlama, documents: list[torch.Tensor], memory: int, most: int, stride: int
+) -> tuple[float, int]:
+    """Perplexity of every stride-th window after the first `most`, with `memory` windows remembered; and the tokens it is of."""
+    window, device = model.config.max_position_embeddings, model.embed_tokens.weight.device
+    pieces = [
+        document[(w - memory) * window : (w + 1) * window + 1]  # one more: the target of the last token
+        for document in documents
+        for w in range(most, (len(document) - 1) // window, stride)
+    ]
+    if not pieces:
+        raise ValueError(f"no held-out document is longer than {most} windows of {window} tokens")
+    loss = 0.0
+    for batch in torch.stack(pieces).to(device).split(BATCH):
+        logits, _ = model(batch[:, :-1], last_context_length=window, logits_to_keep=window)
+        loss += F.cross_entropy(logits.float().flatten(0, 1), batch[:, -window:].flatten(), reduction="sum").item()
+    return float(torch.tensor(loss / len(pieces) / window).exp()), len(pieces) * window
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, nargs="+", default=[TINY], metavar="DIR")
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).resolve().parent / "data", help="folder of .txt files"
+    )
+    parser.add_argument("--windows", type=int, nargs="+", default=[0, 1, 4, 16, 64], help="windows of memory")
+    parser.add_argument("--stride", type=int, default=4, help="take every so many-th window")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    args = parser.parse_args()
+    try:
+        print(
+            "| model | "
+            + " | ".join(f"{n} windows" for n in args.windows)
+            + " | tokens |\n"
+            + "| --- " * (len(args.windows) + 2)
+            + "|"
+        )
+        for folder in args.model:
+            model, tokenizer = load(folder, pick_device(args.device), args.dtype)
+            documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in held_out(text_files(args.data))]
+            row = [perplexity(model, documents, n, max(args.windows), args.stride) for n in args.windows]
+            print(
+                f"| {folder.resolve().name} | " + " | ".join(f"{value:.2f}" for value, _ in row) + f" | {row[0][1]:,} |"
+            )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

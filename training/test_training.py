@@ -1,0 +1,200 @@
+"""The training loop and its data, checked: python -m pytest training"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from data import Corpus, held_out, text_files  # noqa: E402
+from train import Phase, Recipe, extra_contexts, main  # noqa: E402
+
+from tokenizer import Tokenizer  # noqa: E402
+
+TOKENIZER = HERE.parent / "tiny" / "tokenizer.model"
+LONG_TEXT = (HERE.parent / "tiny" / "book.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twenty documents; every fourth one shorter than a slot."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(20):
+        text = LONG_TEXT[3000 * i : 3000 * i + (150 if i % 4 == 0 else 3000)]
+        (folder / f"document_{i:02}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(folder):
+    return Corpus(folder, Tokenizer(TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Two short phases over a small model, with two groups a step."""
+    raw = json.loads((HERE / "tiny.json").read_text())
+    raw["model"] |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "mem_layers": [1]}
+    mix = {"text": [0.4, 0.6], "dense": [0.3, 0.2], "passkey": [0.3, 0.2]}
+    phase = {"learning_rate": 1e-2, "window": 64, "documents": 2, "packing": 4, "mix": mix, "groups": 2}
+    raw["phases"] = [phase | {"steps": 4, "ranges": None}, phase | {"steps": 5, "ranges": [3, 7]}]
+    path = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def train(recipe, folder, output, *flags, processes: int = 1):
+    """Runs train.py; returns what it printed, and the finished model's tensors if there is one."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [
+        sys.executable,
+        *launch,
+        str(HERE / "train.py"),
+        "--recipe",
+        recipe,
+        "--data",
+        folder,
+        "--output",
+        output,
+        "--device",
+        "cpu",
+        *flags,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    model = Path(output) / "model.safetensors"
+    return done, load_file(model) if model.exists() else None
+
+
+def losses(output) -> list:
+    return [json.loads(line) for line in (Path(output) / "losses.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, folder, tmp_path_factory):
+    """The output folder of an uninterrupted run in one process."""
+    output = tmp_path_factory.mktemp("whole")
+    done, model = train(recipe, folder, output)
+    assert done.returncode == 0 and model is not None, done.stderr
+    return output
+
+
+def test_interrupted_and_resumed_is_the_same_as_uninterrupted(whole, recipe, folder, tmp_path):
+    for stop in ("3", "6"):
+        done, nothing = train(
+            recipe, folder, tmp_path / "parts", "--stop-after", stop, *(["--resume"] if stop != "3" else [])
+        )
+        assert done.returncode == 0 and nothing is None
+    _, parts = train(recipe, folder, tmp_path / "parts", "--resume")
+    assert losses(tmp_path / "parts") == losses(whole)
+    assert all(torch.equal(x, parts[name]) for name, x in load_file(whole / "model.safetensors").items())
+
+
+def test_two_processes_train_as_one(whole, recipe, folder, tmp_path):
+    done, _ = train(recipe, folder, tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(whole), losses(tmp_path / "two")
+    assert len(one) == 9
+    assert np.allclose([x["loss"] for x in one], [x["loss"] for x in two], atol=2e-3)
+    assert one[-1]["loss"] < one[0]["loss"]
+
+
+def test_a_checkpoint_of_two_processes_resumes_on_one(recipe, folder, tmp_path):
+    train(recipe, folder, tmp_path, "--stop-after", "5", processes=2)
+    done, model = train(recipe, folder, tmp_path, "--resume")
+    assert done.returncode == 0 and model is not None
+    assert [x["step"] for x in losses(tmp_path)] == list(range(1, 10))
+
+
+def test_a_converted_checkpoint_is_tuned_from_its_own_weights(whole, recipe, folder, tmp_path):
+    raw = json.loads(recipe.read_text())
+    raw["model"] = {"mem_layers": [0]}
+    raw["phases"] = [raw["phases"][1] | {"steps": 1, "learning_rate": 1e-9}]
+    (tmp_path / "tune.json").write_text(json.dumps(raw))
+    done, tuned = train(tmp_path / "tune.json", folder, tmp_path / "tuned", "--init", whole)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["mem_layers"] == [0]
+    assert all(torch.allclose(x, tuned[name], atol=1e-6) for name, x in load_file(whole / "model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--resume"], "checkpoint"),
+        (["--data", "nowhere"], "documents|.txt"),
+        (["--recipe", "nowhere.json"], "nowhere.json"),
+        (["--init", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_path, capsys, monkeypatch):
+    base = ["--recipe", recipe, "--data", folder, "--output", tmp_path, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, base), *flags])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == "" and err.count("\n") == 1 and any(part in err for part in message.split("|"))
+
+
+def test_training_does_not_overwrite_a_run_without_being_told(whole, recipe, folder):
+    done, _ = train(recipe, folder, whole)
+    assert done.returncode == 2 and "--resume" in done.stderr
+
+
+def test_batches_depend_on_seed_and_step_alone(corpus):
+    mix = {"text": 0.4, "dense": 0.3, "passkey": 0.3}
+    a, b, c = (corpus.batch(seed, 4, 2, 64, mix) for seed in ((0, 1, 0), (0, 1, 0), (0, 2, 0)))
+    assert np.array_equal(a.inputs, b.inputs) and not np.array_equal(a.inputs, c.inputs)
+
+
+def test_consecutive_entries_are_consecutive_chunks_of_a_document(corpus):
+    batch = corpus.batch((0, 0, 0), 3, 4, 64, {"text": 1.0})
+    assert batch.inputs.shape == batch.targets.shape == (12, 64)
+    for document_in, document_out in zip(batch.inputs.reshape(3, -1), batch.targets.reshape(3, -1)):
+        assert np.array_equal(document_in[1:], document_out[:-1])
+
+
+def test_short_documents_are_joined_and_never_padded(corpus):
+    tokenizer = corpus.tokenizer
+    batch = corpus.batch((0, 0, 0), 8, 8, 256, {"text": 1.0})  # slots of 2048 tokens, documents of about 1000
+    for ids in batch.inputs.reshape(8, -1).tolist():
+        assert tokenizer.eos_id in ids and 0 not in ids
+        assert all(ids[i + 1] == tokenizer.bos_id for i, x in enumerate(ids[:-1]) if x == tokenizer.eos_id)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_answers_mark_the_digits_of_the_key_stated_before(dense, corpus):
+    for seed in range(30):
+        ids, answers = corpus.passkey(np.random.default_rng(seed), 513, 128, dense)
+        text = corpus.tokenizer.decode(ids.tolist())
+        key = text.split("The pass key is ")[1][:5]
+        digits = corpus.tokenizer.decode(ids[answers].tolist()).replace(" ", "")
+        assert len(ids) == 513 and digits and (digits + key).startswith(key) and digits in key * 40
+
+
+def test_validation_documents_are_never_trained_on(folder, corpus):
+    files = text_files(folder)
+    kept = [corpus.tokenizer.encode(path.read_text(encoding="utf-8")) for path in held_out(files)]
+    assert len(kept) + len(corpus.documents) == len(files)
+    assert all(list(document) not in kept for document in corpus.documents)
+
+
+def test_contrast_decides_which_entries_are_seen():
+    phase = Phase(steps=1, learning_rate=1.0, window=8, documents=2, packing=4, ranges=[7], mix={})
+    assert extra_contexts(phase, (0, 0, 0), "full") == [0, 1, 2, 3, 0, 3, 6, 7]
+    assert extra_contexts(phase, (0, 0, 0), "positives") == [0, 1, 2, 3] * 2
+    assert extra_contexts(phase, (0, 0, 0), "none") == [0] * 8
+
+
+def test_the_learning_rate_rises_and_falls_in_every_phase():
+    for phase in Recipe(HERE / "tiny.json").phases:
+        rates = [phase.learning_rate_at(step) for step in range(phase.steps)]
+        assert rates[0] < 0.1 * max(rates) and rates[-1] < 0.1 * max(rates) and max(rates) <= phase.learning_rate

@@ -1,0 +1,58 @@
+"""Trains the tiny model's tokenizer on the same text as the model: training/data/ -> tiny/tokenizer.model.
+
+    python training/train_tokenizer.py
+
+A SentencePiece BPE of 2048 pieces with LLaMA's settings: byte fallback, digits split, no normalisation, spaces kept.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import sentencepiece
+from data import GRASS, INTRO, KEY, QUESTION, held_out, text_files
+
+PASSKEY_LINES = 2000  # of about 200,000: enough that the words of the pass-key task are whole pieces
+
+
+def lines(folder: Path):
+    files = text_files(folder)
+    kept = set(held_out(files))
+    for path in files:
+        if path not in kept:
+            yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line)
+    task = " ".join((INTRO, GRASS, KEY.format(key="0123456789"), QUESTION))
+    yield from itertools.repeat(task, PASSKEY_LINES)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="folder of .txt files")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "tiny" / "tokenizer.model")
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.output.with_suffix(".part")
+    with temporary.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(args.data),
+            model_writer=file,
+            vocab_size=args.vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 20,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=1,
+        )
+    temporary.rename(args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
