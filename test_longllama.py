@@ -1,0 +1,891 @@
+"""What the README and the docstrings claim, checked: python -m pytest
+
+Truth comes from elsewhere wherever there is one: numbers recorded from the original LongLLaMA code (testdata/), transformers'
+LlamaForCausalLM, SentencePiece itself, and float64 formulas of a few lines.
+"""
+
+import contextlib
+import io
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import convert
+import generate
+import longllama
+from longllama import Cache, LongLlama, LongLlamaConfig, attend, cross_batch_attention, cross_batch_extra, merge
+from tokenizer import StreamDecoder, Tokenizer
+
+HERE = Path(__file__).resolve().parent
+TESTDATA, TINY = HERE / "testdata", HERE / "tiny"
+CASES = json.loads((TESTDATA / "cases.json").read_text())
+REAL_TOKENIZERS = HERE.parent / "shared" / "tokenizers"  # too large to be kept here
+
+
+@pytest.fixture(scope="session")
+def expected():
+    return load_file(TESTDATA / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return LongLlama.from_pretrained(TINY), Tokenizer(TINY / "tokenizer.model")
+
+
+def small_config(**changes) -> LongLlamaConfig:
+    """4 layers, 2 of them with memory, a window of 16."""
+    settings = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "mem_layers": (1, 2),
+        "max_position_embeddings": 16, "last_context_length": 8, "mem_dtype": "float32",
+    }  # fmt: skip
+    return LongLlamaConfig(**settings | changes)
+
+
+def small_model(**changes) -> LongLlama:
+    torch.manual_seed(0)
+    return LongLlama(small_config(**changes)).eval()
+
+
+@torch.no_grad()
+def read(model, ids, segments, **options):
+    """Logits of ids fed in segments, one cache carried along: (B, T, V)."""
+    cache, logits = None, []
+    for part in ids.split(segments, dim=1):
+        out, cache = model(part, cache, **options)
+        logits.append(out)
+    return torch.cat(logits, dim=1)
+
+
+# ------------------------------------------------------------------------------------------- Against the original code
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_the_original(name, expected):
+    case, ids = CASES[name], expected[f"{name}.input_ids"]
+    model = LongLlama.from_pretrained(TESTDATA, **case["config"])
+    mask = expected.get(f"{name}.attention_mask", torch.ones_like(ids))
+    cache, logits, start = None, [], 0
+    for n in case["segments"]:
+        part = slice(start, start + n)
+        out, cache = model(ids[:, part], cache, mask[:, part] if case["padded"] else None, case["last_context_length"])
+        logits.append(out)
+        start += n
+    real = mask[:, :start].bool()
+    error = (torch.cat(logits, dim=1) - expected[f"{name}.logits"])[real].abs().max()
+    assert error < (2e-3 if case["config"].get("mem_dtype") == "bfloat16" else 5e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 3, 40])
+@pytest.mark.parametrize(
+    "name", ["many_windows", "two_windows", "chunked_continuation", "left_padded_batch", "no_memory_positionals"]
+)
+def test_logits_to_keep_gives_the_same_last_logits(name, keep, expected):
+    case, ids = CASES[name], expected[f"{name}.input_ids"]
+    model, cache, start = LongLlama.from_pretrained(TESTDATA, **case["config"]), None, 0
+    mask = expected.get(f"{name}.attention_mask")
+    for n in case["segments"]:
+        part = slice(start, start + n)
+        logits, cache = model(ids[:, part], cache, None if mask is None else mask[:, part], logits_to_keep=keep)
+        kept = min(keep, n)
+        assert logits.shape[1] == kept
+        right = expected[f"{name}.logits"][:, start + n - kept : start + n]
+        real = torch.ones_like(right[..., 0]).bool() if mask is None else mask[:, start + n - kept : start + n].bool()
+        assert (logits - right)[real].abs().max() < 5e-4
+        start += n
+
+
+def test_greedy_generation_is_that_of_the_original(expected):
+    model = LongLlama.from_pretrained(TESTDATA)
+    ids = expected["greedy_generation.input_ids"]
+    generated = torch.stack(list(model.generate(ids, CASES["greedy_generation"]["generate"], temperature=0)), dim=1)
+    assert generated.tolist() == expected["greedy_generation.generated"].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["many_windows", "left_padded_batch_decode_past_overflow", "chunked_continuation"])
+def test_the_plain_formula_and_small_memory_blocks_give_the_originals_logits_too(name, expected, monkeypatch):
+    """Other ways to the same numbers: no fused kernel, as on devices that have none, and a memory of many small blocks."""
+    monkeypatch.setattr(longllama, "PLAIN_ROWS", 7)
+    monkeypatch.setattr(longllama.Memory, "BLOCK", 5)
+    model, ids = LongLlama.from_pretrained(TESTDATA), expected[f"{name}.input_ids"]
+    mask = expected.get(f"{name}.attention_mask")
+    cache, logits, start = None, [], 0
+    with torch.enable_grad():  # kernels are not used where gradients may be wanted
+        for n in CASES[name]["segments"]:
+            out, cache = model(ids[:, start : start + n], cache, None if mask is None else mask[:, start : start + n])
+            logits.append(out.detach())
+            start += n
+    error = (torch.cat(logits, dim=1) - expected[f"{name}.logits"]).abs()
+    assert (error if mask is None else error[mask[:, :start].bool()]).max() < 5e-4
+
+
+# ----------------------------------------------------------------------------------------------- Against transformers
+
+LLAMAS = {
+    "plain": {},
+    "grouped_query": {"num_key_value_heads": 2},
+    "one_key_value_head": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "rope_theta_1e6": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "large_eps": {"rms_norm_eps": 1e-2},
+}
+
+
+def hf_llama(folder, **changes):
+    """A random LlamaForCausalLM, saved into folder as transformers saves it."""
+    torch.manual_seed(1)
+    settings = {
+        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 64,        "initializer_range": 0.2, "pad_token_id": 0,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # it shows progress there
+        model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LLAMAS)
+def test_without_memory_layers_it_is_llama(name, tmp_path):
+    reference = hf_llama(tmp_path, **LLAMAS[name])
+    ids = torch.randint(97, (2, 50))
+    logits = read(LongLlama.from_pretrained(tmp_path), ids, [20, 1, 1, 15, 13])
+    assert (logits - reference(ids).logits).abs().max() < 5e-4
+
+
+@torch.no_grad()
+def test_a_context_kept_local_is_llama_also_beyond_the_window(tmp_path):
+    reference = hf_llama(tmp_path, num_key_value_heads=2)
+    model = LongLlama.from_pretrained(tmp_path, mem_layers=(1,), max_position_embeddings=16)
+    ids = torch.randint(97, (1, 60))
+    logits, cache = model(ids, last_context_length=60)
+    assert (cache.local_length, cache.memory_length) == (60, 0)
+    assert (logits - reference(ids).logits).abs().max() < 5e-4
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing_for_llama(tmp_path):
+    reference = hf_llama(tmp_path)
+    ids = torch.randint(97, (1, 30))
+    padded, mask = F.pad(ids, (12, 0)), F.pad(torch.ones_like(ids), (12, 0))
+    model = LongLlama.from_pretrained(tmp_path)
+    logits, cache = model(padded[:, :40], attention_mask=mask[:, :40])
+    more, _ = model(padded[:, 40:], cache)
+    assert (torch.cat((logits, more), dim=1)[:, 12:] - reference(ids).logits).abs().max() < 5e-4
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_float32_as_that_of_transformers(tmp_path):
+    reference = hf_llama(tmp_path, initializer_range=0.1)
+    ids = torch.randint(97, (4, 60))
+    right = reference(ids).logits
+    theirs = (reference.to(torch.bfloat16)(ids).logits.float() - right).square().mean().sqrt()
+    model = LongLlama.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = (model(ids)[0].float() - right).square().mean().sqrt()
+    assert model(ids)[0].dtype == torch.bfloat16
+    assert ours < 1.1 * theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_memory_stays_near_float32(dtype, expected):
+    ids = expected["many_windows.input_ids"]
+    logits, _ = LongLlama.from_pretrained(TESTDATA, dtype=dtype)(ids)
+    right = expected["many_windows.logits"]
+    assert (logits.float() - right).norm() / right.norm() < 8 * torch.finfo(dtype).eps
+
+
+# ----------------------------------------------------------------------------------------------- Attention, in float64
+
+
+def naive(q, k, v, seen):
+    """The formula: q (B, H, T, D), k and v (B, G, S, D), seen broadcast to (B, H, T, S)."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q.double() @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("G", [1, 2, 6])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_merged_over_sets_is_one_softmax_over_their_union(G, padded):
+    torch.manual_seed(0)
+    B, H, T, D, sizes = 2, 6, 5, 10, (30, 1, 5)
+    q, k, v = torch.randn(B, H, T, D) * 3, torch.randn(B, G, 36, D), torch.randn(B, G, 36, D)
+    real = torch.ones(B, 1, 36, 1, dtype=torch.bool)
+    if padded:
+        real[0, :, :30] = False  # a whole set of padding, which must get no weight
+        real[1, :, :7] = False
+    parts = zip(*(x.split(sizes, dim=2) for x in (k, v, real)), (False, False, True))
+    out, lse = None, None
+    for k_i, v_i, real_i, causal in parts:
+        part = attend(q, k_i, v_i, real_i if padded else None, causal)
+        out, lse = part if out is None else merge((out, lse), part)
+    seen = real.mT & torch.ones(T, 36, dtype=torch.bool).tril(31)
+    assert (out - naive(q, k, v, seen)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_query_that_sees_only_padding_gives_no_nan():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        part = attend(q.to(dtype), k.to(dtype), k.to(dtype), torch.zeros(1, 1, 3, 1, dtype=torch.bool))
+        assert all(x.isfinite().all() for x in (*part, *merge(part, part)))
+
+
+@pytest.mark.parametrize("G", [2, 4])
+def test_cross_batch_attention_is_the_formula_and_gradients_flow_into_the_other_entries(G):
+    torch.manual_seed(0)
+    B, H, T, D, extra = 5, 4, 6, 8, [0, 1, 2, 0, 3]
+    q, k, v, unrotated = (torch.randn(B, n, T, D, requires_grad=True) for n in (H, G, G, G))
+    weight = torch.randn(B, H, T, D)
+    out = cross_batch_attention(q, k, v, unrotated, extra)
+    ours = torch.autograd.grad((out * weight).sum(), (q, k, v, unrotated))
+    rights = []
+    for b, n in enumerate(extra):
+        keys = torch.cat([unrotated[i] for i in range(b - n, b)] + [k[b]], dim=1)
+        values = torch.cat([v[i] for i in range(b - n, b + 1)], dim=1)
+        seen = torch.ones(T, (n + 1) * T, dtype=torch.bool).tril(n * T)
+        rights.append(naive(q[b : b + 1], keys[None], values[None], seen))
+    right = torch.cat(rights)
+    theirs = torch.autograd.grad((right * weight).sum(), (q, k, v, unrotated))
+    assert (out - right).abs().max() < 1e-5
+    for ours_i, theirs_i in zip(ours, theirs):
+        assert (ours_i - theirs_i).abs().max() < 1e-4
+    assert ours[3][2].abs().max() > 1e-3  # entry 2 is only seen by others unrotated: by entry 4
+
+
+def test_stepping_and_packing_follow_the_rule():
+    """Entry i of its pack sees min(i * ceil((c + 1) / (k - 1)), c) entries, as many as there are before it."""
+    assert cross_batch_extra(8, 7, packing=4) == [0, 1, 2, 3, 0, 3, 6, 7]
+    assert cross_batch_extra(4, 1, packing=2) == [0, 1, 0, 1]
+    assert cross_batch_extra(5, 2, packing=1) == [0, 0, 0, 0, 0]
+    assert cross_batch_extra(5, 2, packing=5, stepping=False) == [0, 1, 2, 2, 2]
+    assert cross_batch_extra(6, 0, packing=3) == [0] * 6
+
+
+@torch.no_grad()
+def test_training_shows_memory_layers_what_inference_remembers():
+    """Chunks of one document that see all chunks before them get the logits of windows that are read one after another."""
+    model = small_model(num_key_value_heads=2)
+    ids = torch.randint(61, (1, 5 * 16))
+    trained = model.forward_cross_batch(ids.view(5, 16), extra=[0, 1, 2, 3, 4])
+    inferred, _ = model(ids, last_context_length=16)
+    assert (trained.view(1, 80, 61) - inferred).abs().max() < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- Windows and caches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "T, last, local, memory", [(8, 8, 8, 0), (9, 8, 8, 1), (40, 8, 8, 32), (40, 40, 40, 0), (41, 3, 3, 38)]
+)
+def test_the_last_tokens_stay_local_and_the_rest_is_remembered(T, last, local, memory):
+    _, cache = small_model()(torch.randint(61, (1, T)), last_context_length=last)
+    assert (cache.local_length, cache.memory_length) == (local, memory)
+    assert [layer.memory and layer.memory.length for layer in cache.layers] == [None, memory, memory, None]
+
+
+@torch.no_grad()
+def test_overflow_moves_the_whole_local_context_into_memory():
+    model, lengths, cache = small_model(), [], None
+    for n in (10, 6, 1, 1, 15, 40):
+        _, cache = model(torch.randint(61, (1, n)), cache)
+        lengths.append((cache.local_length, cache.memory_length))
+    # The last call: 32 prefix tokens as two windows, then 8, each beginning a local context of its own.
+    assert lengths == [(8, 2), (14, 2), (15, 2), (16, 2), (15, 18), (8, 65)]
+
+
+class CopiedByCat(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.cat.default:
+            self.numel += out.numel()
+        return out
+
+
+def test_memory_moves_a_token_a_few_times_only_and_blocks_are_few():
+    memory, n, windows = longllama.Memory(small_config()), 16, 1000
+    window = torch.randn(1, 4, n, 8)
+    with CopiedByCat() as copied:
+        for _ in range(windows):
+            memory.append(window, window)
+    assert memory.length == sum(k.shape[2] for k, _ in memory.blocks) == n * windows
+    assert len(memory.blocks) == bin(windows).count("1")
+    assert copied.numel <= 2 * windows * window.numel() * 10  # keys and values, each at most log2(1000) times
+    assert torch.equal(torch.cat([k for k, _ in memory.blocks], dim=2), window.repeat(1, 1, windows, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [5, 16, 40])
+def test_no_memory_block_is_larger_than_the_limit(block, monkeypatch):
+    monkeypatch.setattr(longllama.Memory, "BLOCK", block)
+    memory = longllama.Memory(small_config())
+    for n in (3, 100, 1, 1, 7, 16, 16):
+        memory.append(*torch.randn(2, 1, 4, n, 8))
+    assert memory.length == 144 and max(k.shape[2] for k, _ in memory.blocks) <= block
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_no_tensor_of_prompt_times_vocabulary_or_prompt_or_window_times_memory():
+    T, window = 4096, 256
+    model = small_model(vocab_size=1000, max_position_embeddings=window, last_context_length=window)
+    with LargestTensor() as seen:
+        list(model.generate(torch.randint(1000, (1, T)), 3, temperature=0))
+    memory = T * model.config.hidden_size  # one block of keys
+    assert memory // 2 <= seen.numel <= 2 * memory < window * T < T * 1000
+
+
+@torch.no_grad()
+def test_forks_share_what_is_remembered_and_go_on_apart():
+    model = small_model()
+    prompt, a, b = (torch.randint(61, (1, n)) for n in (70, 30, 30))
+    _, cache = model(prompt)
+    fork = cache.fork()
+    keys = [c.layers[1].memory.blocks[0][0].data_ptr() for c in (cache, fork)]
+    mixed = {id(cache): [], id(fork): []}
+    for part_a, part_b in zip(a.split(1, dim=1), b.split(1, dim=1)):  # interleaved, over the overflow of both
+        for part, to in ((part_a, cache), (part_b, fork)):
+            mixed[id(to)].append(model(part, to)[0])
+    assert keys[0] == keys[1]
+    for ids, to in ((a, cache), (b, fork)):
+        alone = read(model, torch.cat((prompt, ids), dim=1), [70] + [1] * 30)[:, 70:]
+        assert (torch.cat(mixed[id(to)], dim=1) - alone).abs().max() < 1e-5
+
+
+def test_gradients_flow_through_memory():
+    """The derivative along a random direction, of a loss that depends on the first windows through memory alone."""
+    model = small_model()
+    ids = torch.randint(61, (1, 60))
+    embedded = torch.randn(1, 60, 32)
+    direction = torch.randn(1, 60, 32) * (torch.arange(60) < 16)[None, :, None]  # only the first window changes
+
+    def loss(step: float) -> torch.Tensor:
+        x = (embedded + step * direction).requires_grad_()
+        pieces = iter(x.split([16, 16, 16, 4, 8], dim=1))
+        handle = model.embed_tokens.register_forward_hook(lambda *_: next(pieces))
+        out = model(ids, logits_to_keep=8)[0].double().square().sum()
+        handle.remove()
+        return out, x
+
+    value, x = loss(0.0)
+    slope = (torch.autograd.grad(value, x)[0] * direction).sum()
+    numeric = (loss(1e-2)[0] - loss(-1e-2)[0]) / 2e-2
+    assert abs(numeric) > 1e-3
+    assert abs(slope - numeric) < 2e-2 * abs(numeric)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m(torch.zeros(1, 0, dtype=torch.long)), "at least one token"),
+        (lambda m: m(torch.zeros(1, 4, dtype=torch.long), last_context_length=0), "last_context_length"),
+        (lambda m: m(torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.zeros(1, 5)), "attention_mask"),
+        (lambda m: LongLlama(small_config(mem_layers=()))(torch.zeros(1, 17, dtype=torch.long)), "window of 16"),
+    ],
+)
+def test_what_does_not_fit_is_a_value_error_that_says_so(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(small_model())
+
+
+# ---------------------------------------------------------------------------------------------------------- Generation
+
+
+def test_sampling_respects_seed_top_k_and_top_p():
+    model, ids = small_model(), torch.randint(61, (2, 20))
+
+    def run(**options):
+        return torch.stack(list(model.generate(ids, 12, eos_token_id=None, **options))).tolist()
+
+    greedy = run(temperature=0)
+    assert run(top_k=1) == run(top_p=1e-9) == greedy
+    assert run(seed=3) == run(seed=3) != run(seed=4)
+
+
+def test_top_p_draws_from_the_smallest_set_with_that_mass():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    drawn = {longllama.sample(logits, 1.0, None, 0.75, torch.Generator().manual_seed(i)).item() for i in range(200)}
+    assert drawn == {0, 1}
+
+
+def test_rows_end_at_eos_and_generation_when_all_have():
+    model, ids = small_model(), torch.randint(61, (3, 20))
+    free = torch.stack(list(model.generate(ids, 40, temperature=0, eos_token_id=None)), dim=1)
+    eos = free[0, 5].item()
+    ended = torch.stack(list(model.generate(ids, 40, temperature=0, eos_token_id=eos)), dim=1)
+    for row, right in zip(ended.tolist(), free.tolist()):
+        stop = right.index(eos) + 1 if eos in right else 40
+        assert row[:stop] == right[:stop][: len(row)]
+        assert set(row[stop:]) <= {model.config.pad_token_id}
+
+
+def test_generation_goes_on_from_a_cache():
+    model, ids = small_model(), torch.randint(61, (1, 50))
+    whole = [i.item() for i in model.generate(ids, 20, temperature=0, eos_token_id=None)]
+    cache = Cache(model.config)
+    first = list(model.generate(ids, 9, temperature=0, eos_token_id=None, cache=cache))
+    rest = list(model.generate(first[-1][:, None], 11, temperature=0, eos_token_id=None, cache=cache))
+    assert [i.item() for i in first + rest] == whole
+
+
+# ------------------------------------------------------------------------------------------------ Config and weights
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mem_layers": [99]}, {"mem_layers": ["a"]}, {"mem_dtype": "int8"}, {"mem_attention_grouping": [0, 4]},
+        {"hidden_size": 30},
+        {"mem_attention_grouping": [4]}, {"num_key_value_heads": 3}, {"vocab_size": 0}, {"last_context_length": 0},
+        {"rms_norm_eps": -1.0}, {"eos_token_id": 61}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},
+    ],
+)  # fmt: skip
+def test_impossible_configs_are_refused_by_name(changes, tmp_path):
+    path = tmp_path / "config.json"
+    small_config().to_json(path, torch.float32)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    name = "rope_type" if "rope" in next(iter(changes)) else next(iter(changes))
+    with pytest.raises(ValueError, match=f"config.json: .*{name}"):
+        LongLlamaConfig.from_json(path)
+
+
+def test_configs_of_transformers_5_and_of_older_releases_are_read(tmp_path):
+    path = tmp_path / "config.json"
+    new = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "head_dim": 128,
+        "pad_token_id": None,
+        "dtype": "float16",
+    }
+    path.write_text(json.dumps(new))
+    assert LongLlamaConfig.from_json(path).rope_theta == 5e5
+    path.write_text(json.dumps({"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "unknown": 1}))
+    config = LongLlamaConfig.from_json(path)
+    assert (config.rope_theta, config.pad_token_id, config.last_context_length) == (1e6, 0, 1024)
+
+
+def test_a_saved_model_comes_back_the_same(tmp_path):
+    for changes in ({}, {"tie_word_embeddings": True, "num_key_value_heads": 2}):
+        model = small_model(**changes)
+        model.save_pretrained(tmp_path)
+        again = LongLlama.from_pretrained(tmp_path)
+        assert again.config == model.config
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
+def test_missing_unexpected_and_misshapen_tensors_are_named(damage, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.2.self_attn.k_proj.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "unexpected":
+        name = "model.layers.7.mlp.up_proj.weight"
+        tensors[name] = torch.zeros(2)
+    else:
+        tensors[name] = tensors[name][:5].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=name):
+        LongLlama.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- Conversion
+
+
+def as_released(folder: Path, layout: str):
+    """Turns what transformers saved into a layout of the released checkpoints, rotary tables included."""
+    source = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        source |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    source |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}
+    names, kind = sorted(source), layout.split("_")[0]
+    parts = [names[::2], names[1::2]] if layout.endswith("sharded") else [names]
+    stem, save = ("pytorch_model", lambda x, path: torch.save(x, path)) if kind == "bin" else ("model", save_file)
+    files = [
+        f"{stem}-{i + 1:05}-of-{len(parts):05}.{kind}" if len(parts) > 1 else f"{stem}.{kind}"
+        for i in range(len(parts))
+    ]
+    for part, file in zip(parts, files):
+        save({name: source[name] for name in part}, folder / file)
+    if len(parts) > 1:
+        index = {"weight_map": {name: file for part, file in zip(parts, files) for name in part}}
+        (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+
+
+def run_convert(*args):
+    return run_main(convert.main, *args)
+
+
+def run_main(main, *args):
+    """Exit status of a program's main with these arguments."""
+    argv, sys.argv = sys.argv, [f"{main.__module__}.py", *map(str, args)]
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = argv
+    return 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors_sharded", "bin", "bin_sharded"])
+def test_every_released_layout_converts_and_goes_back_to_transformers(layout, tmp_path, capsys):
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    reference = hf_llama(theirs, num_key_value_heads=2)
+    as_released(theirs, layout)
+    config = json.loads((theirs / "config.json").read_text()) | {
+        "mem_layers": [1],
+        "last_context_length": 12,
+        "mem_dtype": "float32",
+    }
+    (theirs / "config.json").write_text(json.dumps(config))
+    (theirs / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    assert run_convert("--input", theirs, "--output", ours) == 0
+    assert sorted(p.name for p in ours.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    ids = torch.randint(97, (1, 40))
+    model = LongLlama.from_pretrained(ours)
+    assert (model.config.mem_layers, model.config.last_context_length) == ((1,), 12)
+    assert (model(ids, last_context_length=40)[0] - reference(ids).logits).abs().max() < 5e-4
+
+    assert run_convert("--input", ours, "--output", back, "--to-hf", "--dtype", "bfloat16") == 0
+    again = LlamaForCausalLM.from_pretrained(back)
+    right = {name: x.to(torch.bfloat16) for name, x in reference.state_dict().items()}
+    assert again.dtype == torch.bfloat16 and all(torch.equal(x, right[name]) for name, x in again.state_dict().items())
+    assert LongLlamaConfig.from_json(back / "config.json") == model.config
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+    hf_llama(tmp_path / "theirs")
+    monkeypatch.setattr(convert.json, "dumps", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours")
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_conversion_refuses_a_folder_in_use_unless_forced(tmp_path, capsys):
+    hf_llama(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "diary.txt").write_text("dear diary")
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 2
+    assert "--force" in one_line(capsys)
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours", "--force") == 0
+    assert (tmp_path / "ours" / "diary.txt").read_text() == "dear diary"
+
+
+def one_line(capsys) -> str:
+    """What a failed program said: one line on standard error, and nothing on standard output."""
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1, (out, err)
+    return err
+
+
+class Exploit:
+    def __reduce__(self):
+        return Path.touch, (Path("exploited"),)
+
+
+@pytest.mark.parametrize(
+    "damage", ["code", "cut", "no_dictionary", "shard_outside", "broken_index", "missing", "no_config", "same_folder"]
+)
+def test_conversion_refuses_bad_input_in_one_line(damage, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    hf_llama(theirs)
+    as_released(theirs, "bin_sharded" if damage in ("shard_outside", "broken_index") else "bin")
+    weights, index = theirs / "pytorch_model.bin", theirs / "pytorch_model.bin.index.json"
+    if damage == "code":
+        torch.save({"model.norm.weight": Exploit()}, weights)
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "no_dictionary":
+        torch.save([1, 2], weights)
+    elif damage == "shard_outside":
+        index.write_text(index.read_text().replace("pytorch_model-00001", "../pytorch_model-00001"))
+    elif damage == "broken_index":
+        index.write_text("{")
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "no_config":
+        (theirs / "config.json").unlink()
+    assert run_convert("--input", theirs, "--output", theirs if damage == "same_folder" else ours) == 2
+    assert one_line(capsys).startswith("convert.py: error: ")
+    assert not ours.exists() and not Path("exploited").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- Tokenizer
+
+TEXTS = [
+    "My name is Julien",
+    "",
+    " ",
+    "  two leading",
+    "trailing ",
+    "a\nb\n\nc",
+    "naïve café — “quotes”…",
+    "日本語",
+    "👩\u200d👩\u200d👧 emoji",
+    "</s><s>",
+]
+
+
+def tokenizers() -> list[Path]:
+    return [TINY / "tokenizer.model", *sorted(REAL_TOKENIZERS.glob("*.model"))]
+
+
+@pytest.mark.parametrize("path", tokenizers(), ids=lambda path: path.stem)
+def test_ids_and_text_are_those_of_sentencepiece(path):
+    import sentencepiece
+
+    raw, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path)), Tokenizer(path)
+    for text in TEXTS:
+        ids = raw.encode(text)
+        assert tokenizer.encode(text) == [1, *ids] and tokenizer.encode(text, bos=False, eos=True) == [*ids, 2]
+        assert tokenizer.decode([1, *ids, 2, 10**6]) == raw.decode(ids)
+
+
+@pytest.mark.parametrize("path", tokenizers()[1:], ids=lambda path: path.stem)
+def test_recorded_ids_of_the_released_tokenizers(path):
+    tokenizer = Tokenizer(path)
+    cases = json.loads((REAL_TOKENIZERS.parent / "golden" / "tokenizer_cases.json").read_text())[path.name]
+    for case in cases:
+        assert tokenizer.encode(case["text"]) == case["ids"]
+        assert tokenizer.decode(case["ids"]) == case["decoded"]
+
+
+@pytest.mark.parametrize("path", tokenizers(), ids=lambda path: path.stem)
+def test_streamed_text_is_the_text_of_all_ids(path):
+    tokenizer, rng = Tokenizer(path), random.Random(0)
+    nasty = [tokenizer.sp.piece_to_id(f"<0x{byte:02X}>") for byte in b"\xe2\x82\xac\xf0\x9f\x98\x80\xed\xa0\x80\xc0a "]
+    nasty += [tokenizer.sp.piece_to_id("▁"), 0, 1, 2]
+    for ids in [
+        *map(tokenizer.encode, TEXTS),
+        *([rng.choice([rng.randrange(tokenizer.vocab_size), *nasty]) for _ in range(9)] for _ in range(3000)),
+    ]:
+        decoder = StreamDecoder(tokenizer)
+        assert "".join(map(decoder.feed, ids)) + decoder.flush() == tokenizer.decode(ids)
+
+
+def test_streaming_holds_back_only_unfinished_characters():
+    tokenizer = Tokenizer(TINY / "tokenizer.model")
+    ids = tokenizer.encode("x € 😀y", bos=False)
+    decoder, text = StreamDecoder(tokenizer), ""
+    for i, _ in enumerate(ids):
+        text += decoder.feed(ids[i])
+        whole = tokenizer.decode(ids[: i + 1]).rstrip(
+            "\ufffd"
+        )  # SentencePiece shows bytes that wait for more as U+FFFD
+        assert text == whole
+
+
+def test_a_continuation_keeps_its_leading_space():
+    tokenizer = Tokenizer(TINY / "tokenizer.model")
+    decoder = StreamDecoder(tokenizer, continues=True)
+    assert "".join(map(decoder.feed, tokenizer.encode("the sea", bos=False))) == " the sea"
+
+
+# ------------------------------------------------------------------------------------------------------- Command line
+
+
+def run_generate(*args):
+    return run_main(generate.main, *args)
+
+
+def test_generate_writes_text_to_stdout_and_the_rest_to_stderr(capsys):
+    assert run_generate("--prompt", "The sea", "--max-new-tokens", 8, "--temperature", 0) == 0
+    out, err = capsys.readouterr()
+    model, tokenizer = generate.load(TINY, torch.device("cpu"))
+    ids = [i.item() for i in model.generate(torch.tensor([tokenizer.encode("The sea")]), 8, temperature=0)]
+    assert tokenizer.decode(tokenizer.encode("The sea") + ids) == "The sea" + out.removesuffix("\n")
+    assert "prompt 3 tokens in 1 windows" in err and "tokens/s" in err and "peak" in err
+    run_generate("--prompt", "The sea", "--max-new-tokens", 2, "--quiet")
+    assert capsys.readouterr().err == ""
+
+
+def test_generate_counts_windows_and_memory(capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the whale " * 1000)
+    assert run_generate("--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 2, "--mem-dtype", "float32") == 0
+    _, err = capsys.readouterr()
+    T = 1 + len(Tokenizer(TINY / "tokenizer.model").encode("the whale " * 1000, bos=False))
+    assert f"prompt {T:,} tokens in {-(-(T - 128) // 256) + 1} windows" in err
+    assert f"memory {T - 128:,} tokens, {(T - 128) * 2 * 128 * 4 / 2**20:,.1f} MiB" in err
+
+
+def test_standard_input_and_an_empty_prompt_are_prompts(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The sea")))
+    assert run_generate("--prompt-file", "-", "--max-new-tokens", 5, "--temperature", 0) == 0
+    piped = capsys.readouterr().out
+    run_generate("--prompt", "The sea", "--max-new-tokens", 5, "--temperature", 0)
+    assert capsys.readouterr().out == piped != ""
+    assert run_generate("--prompt", "", "--max-new-tokens", 5) == 0
+    assert run_generate("--prompt", "x", "--max-new-tokens", 0) == 0
+
+
+def test_settings_that_will_overflow_are_warned_of_with_the_value_that_avoids_it(capsys):
+    run_generate("--prompt", "sea " * 300, "--max-new-tokens", 1, "--last-context-length", 256)
+    assert "--last-context-length 255 avoids it" in capsys.readouterr().err
+    run_generate("--prompt", "sea " * 300, "--max-new-tokens", 1, "--last-context-length", 255)
+    assert "warning" not in capsys.readouterr().err
+    run_generate("--prompt", "<s> sea", "--max-new-tokens", 1)
+    assert "bos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [], ["--prompt", "a", "--prompt-file", "b"], ["--prompt-file", "missing.txt"], ["--prompt-file", "latin1.txt"],
+        ["--prompt-file", "."], ["--prompt", "a", "--top-p", "1.7"], ["--prompt", "a", "--top-p", "0"],
+        ["--prompt", "a", "--top-k", "0"], ["--prompt", "a", "--temperature", "-1"], ["--prompt", "a", "--temperature", "nan"],
+        ["--prompt", "a", "--max-new-tokens", "-3"], ["--prompt", "a", "--max-new-tokens", "many"],
+        ["--prompt", "a", "--seed", "-1"],
+        ["--prompt", "a", "--dtype", "int8"], ["--prompt", "a", "--mem-dtype", "int8"], ["--prompt", "a", "--device", "abacus"],
+        ["--prompt", "a", "--last-context-length", "0"], ["--prompt", "a", "--mem-attention-grouping", "0", "4"],
+        ["--prompt", "a", "--model", "missing"], ["--prompt", "a", "--model", "empty"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_mistakes_in_flags_get_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "empty").mkdir()
+    assert run_generate(*flags) == 2
+    assert one_line(capsys).startswith("generate.py: error: ")
+
+
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        ("config_broken", "config.json"), ("config_list", "config.json"), ("mem_layer_99", "mem_layers"),
+        ("weights_cut", "cut short"),
+        ("weights_missing", "model.safetensors"), ("weights_misshapen", "differ"),
+        ("tokenizer_missing", "tokenizer.model"),
+        ("tokenizer_broken", "tokenizer.model"), ("tokenizer_too_large", "tokenizer has"), ("shard_outside", "outside"),
+    ],
+)  # fmt: skip
+def test_broken_models_get_one_line_and_status_2(damage, named, capsys, tmp_path):
+    for path in TINY.glob("*"):
+        if path.suffix in (".json", ".safetensors", ".model"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    raw = json.loads(config.read_text())
+    if damage == "config_broken":
+        config.write_text("{")
+    elif damage == "config_list":
+        config.write_text("[]")
+    elif damage == "mem_layer_99":
+        config.write_text(json.dumps(raw | {"mem_layers": [99]}))
+    elif damage == "weights_cut":
+        weights.write_bytes(weights.read_bytes()[:100000])
+    elif damage == "weights_missing":
+        weights.unlink()
+    elif damage == "weights_misshapen":
+        config.write_text(json.dumps(raw | {"intermediate_size": 360}))
+    elif damage == "tokenizer_missing":
+        (tmp_path / "tokenizer.model").unlink()
+    elif damage == "tokenizer_broken":
+        (tmp_path / "tokenizer.model").write_bytes(b"no tokenizer")
+    elif damage == "tokenizer_too_large":
+        config.write_text(json.dumps(raw | {"vocab_size": 1000}))
+        tensors = load_file(weights)
+        save_file(tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:1000].clone()}, weights)
+    elif damage == "shard_outside":
+        weights.rename(tmp_path.parent / "stolen.safetensors")
+        index = {"weight_map": dict.fromkeys(("a", "b"), "../stolen.safetensors")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run_generate("--prompt", "a", "--model", tmp_path) == 2
+    assert re.search(named, one_line(capsys))
+
+
+def test_running_out_of_memory_gets_one_line_and_status_2(capsys, monkeypatch):
+    def no_memory(*_, **__):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 10 TB"
+        )
+
+    monkeypatch.setattr(LongLlama, "forward", no_memory)
+    assert run_generate("--prompt", "a") == 2
+    assert "out of memory" in one_line(capsys)
+
+
+def test_ctrl_c_keeps_what_there_is(capsys, monkeypatch):
+    forward, calls = LongLlama.forward, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LongLlama, "forward", interrupted)
+    assert run_generate("--prompt", "The sea", "--temperature", 0) == 130
+    out, err = capsys.readouterr()
+    assert len(out) > 4 and "Traceback" not in err
+
+
+def test_compiled_layers_give_the_same_text(capsys):
+    prompt = ["--prompt", "The sea " * 200, "--max-new-tokens", 10, "--temperature", 0, "--quiet"]
+    run_generate(*prompt)
+    eager = capsys.readouterr().out
+    assert run_generate(*prompt, "--compile") == 0
+    assert capsys.readouterr().out == eager
+
+
+# -------------------------------------------------------------------------------------------------------- Tiny model
+
+
+def test_tiny_finds_a_pass_key_hundreds_of_windows_back(tiny, capsys):
+    from examples import passkey
+
+    assert run_main(passkey.main, "--lengths", "64k", "--trials", "3", "--filler", "text", "--seed", "5") == 0
+    assert "100% (3)" in capsys.readouterr().out
+    model, tokenizer = tiny
+    text, rng = tokenizer.encode((TINY / "book.txt").read_text(), bos=False), torch.Generator().manual_seed(0)
+    blind = LongLlama.from_pretrained(TINY)
+    blind.config.__dict__["mem_layers"] = ()  # the same question without what memory holds
+    for depth in (0.1, 0.9):
+        ids = torch.tensor([passkey.prompt_ids(tokenizer, 1 << 12, depth, "90417", text, rng)])
+        assert ids.shape == (1, 1 << 12)
+        found = tokenizer.decode([i.item() for i in model.generate(ids, 6, temperature=0)])
+        lost = tokenizer.decode([i.item() for i in blind.generate(ids[:, -128:], 6, temperature=0)])
+        assert found.strip() == "90417" != lost.strip()
+
+
+@torch.no_grad()
+def test_memory_lowers_the_perplexity_of_tiny_on_a_book_it_never_saw(tiny):
+    model, tokenizer = tiny
+    ids = torch.tensor([tokenizer.encode((TINY / "book.txt").read_text())])[:, : 40 * 256]
+    with_memory, _ = model(ids, last_context_length=256)
+    without = model(ids.view(40, 256))[0].view_as(with_memory)
+    losses = [F.cross_entropy(x[0, 256:-1], ids[0, 257:]).item() for x in (with_memory, without)]
+    assert losses[0] < losses[1]
