@@ -227,9 +227,9 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Attend
     T, S = q.shape[2], k.shape[2]
     if T == 1 or T == S:
         return attend(q, k, v, real, causal=T == S)
-    before, new = slice(0, S - T), slice(S - T, S)
-    parts = ((k[:, :, keys], v[:, :, keys], None if real is None else real[:, :, keys]) for keys in (before, new))
-    return merge(*(attend(q, *part, causal=causal) for part, causal in zip(parts, (False, True))))
+    parts = (slice(S - T), slice(S - T, S))  # what was there before, and the new tokens among themselves
+    old, new = ((k[:, :, i], v[:, :, i], None if real is None else real[:, :, i]) for i in parts)
+    return merge(attend(q, *old), attend(q, *new, causal=True))
 
 
 # ----------------------------------------------------------------------------------------------------- Cross-batch
