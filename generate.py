@@ -139,7 +139,7 @@ class Progress:
         self.hook = model.embed_tokens.register_forward_hook(self.advance)
 
     def advance(self, module, inputs, output):
-        self.windows, self.tokens = self.windows + 1, self.tokens + inputs[0].shape[1]
+        self.windows, self.tokens = self.windows + len(inputs[0]), self.tokens + inputs[0].numel()
         if self.shown:
             done = 40 * self.tokens // self.total
             bar = f"[{'#' * done}{'.' * (40 - done)}]"
@@ -163,8 +163,6 @@ def process_peak() -> int:
 def statistics(
     cache: Cache, progress: Progress, T: int, new: int, started: float, first: float, ended: float, device: torch.device
 ) -> str:
-    blocks = [block for layer in cache.layers if layer.memory for block in layer.memory.blocks]
-    memory = sum(x.nbytes for keys_values in blocks for x in keys_values)
     if device.type == "cuda":
         peak, of = torch.cuda.max_memory_allocated(device), "GPU"
     else:
@@ -172,7 +170,7 @@ def statistics(
     decode = f"{(new - 1) / (ended - first):,.1f} tokens/s" if new > 1 and ended > first else "-"
     return (
         f"prompt {T:,} tokens in {progress.windows:,} windows | "
-        f"memory {cache.memory_length:,} tokens, {memory / 2**20:,.1f} MiB | "
+        f"memory {cache.memory_length:,} tokens, {cache.memory_bytes / 2**20:,.1f} MiB | "
         f"prefill {T / (first - started):,.0f} tokens/s | decode {decode} | peak {of} memory {peak / 2**20:,.0f} MiB"
     )
 

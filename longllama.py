@@ -15,24 +15,26 @@ Five ideas carry it, each a short function or class below:
                            keeps keys unrotated, which is rotated at position 0, the start of the local context.
   `attend`, `merge`        One softmax over both sets. It is the softmaxes over each, weighted by their log-sum-exps:
                            exactly, so a memory of any length is attended to block by block.
-  `split_into_windows`     A long prompt is read window by window, and a window that was read moves into memory.
+  `attend_windows`         A long prompt is read window by window, and a window that was read moves into memory.
   `Cache.restart`          Overflow: when the window is full, all of the local context moves into memory, and a new
                            one starts at position 0.
   `cross_batch_attention`  Training mixes keys of the true past with keys of unrelated documents, so that memory layers
                            learn to tell them apart.
 
-Order: config, norm and RoPE, attention, cross-batch, memory and caches, block, loading, model. Axes of tensors:
+Order: config; norm and RoPE; attention over a set of keys; what a layer attends to (memory, windows, the local cache,
+cross-batch); block; how input is cut; sampling; loading; model. The axes of tensors:
 
-    B batch   T new tokens   S tokens in any set of keys   H query heads   G key-value heads (fewer: grouped-query)
-    D head dim   C hidden size   V vocabulary
+    B batch   W windows   T new tokens   S tokens in any set of keys   H query heads   G key-value heads (fewer than H:
+    grouped-query attention)   D head dim   C hidden size   V vocabulary
 """
 
 import json
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,22 @@ class LongLlamaConfig:
 
 # --------------------------------------------------------------------------------------------------- Norm and RoPE
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in), weight (out, in) -> (..., out)."""
+    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if ONEDNN and eager and x.device.type == "cpu" and x.dtype == torch.float32:
+        # For one token F.linear asks MKL, which may read weights at a third of the memory's speed; oneDNN does not.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019): normalised in float32, cast back, then scaled, in LLaMA's order."""
@@ -136,8 +154,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 Rope = tuple[Tensor, Tensor]
@@ -163,53 +180,11 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 # log-sum-exp of each query's scores, (B, H, T), which is all it takes to merge it with attention over another set.
 
 Attended = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]  # (B, G, S, D) each
 
-PLAIN_ROWS = 256  # of the score matrix, held at once where there is no fused kernel
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False) -> Attended:
-    """Attention of q (B, H, T, D) over one set of keys k and values v (B, G, S, D). H is a multiple of G.
-
-    real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t.
-    The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula itself.
-    """
-    B, H, T, D = q.shape
-    G = k.shape[1]
-    if H != G and causal:
-        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
-    elif H != G:  # queries in any order: those that share a key head stand side by side, and no key is copied
-        q = q.reshape(B, G, H // G * T, D)
-    # Padding scores the least finite number, not -inf: a query that sees only padding gets something, and never NaN.
-    bias = None if real is None else (~real.mT).to(q.dtype) * torch.finfo(q.dtype).min  # (B, 1, 1, S)
-
-    fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
-    if fused and q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
-    elif fused and q.device.type == "cuda" and q.dtype != torch.float32 and bias is None:
-        q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))  # this kernel wants a multiple of 8; the 3B model has 100
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=D**-0.5)[:2]
-        out = out[..., :D]
-    else:
-        out, lse = attend_plain(q, k, v, bias, causal)
-    return out.reshape(B, H, T, D), lse.reshape(B, H, T)
-
-
-def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Attended:
-    """The formula, some rows of the score matrix at a time, with the softmax in float32."""
-    parts = []
-    for i, rows in enumerate(q.split(PLAIN_ROWS, dim=2)):
-        scores = (rows @ k.mT).float() * q.shape[-1] ** -0.5 + (0 if bias is None else bias)  # (B, H, rows, S)
-        if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(i * PLAIN_ROWS + 1)
-            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
-        parts.append((scores.softmax(dim=-1).to(v.dtype) @ v, scores.logsumexp(dim=-1)))
-    return join(parts, dim=2)
-
-
-def join(parts: list[Attended], dim: int) -> Attended:
-    """The results for different queries (dim 2) or heads (dim 1), side by side."""
-    outs, lses = zip(*parts)
-    return torch.cat(outs, dim), torch.cat(lses, dim)
+ROWS = 256  # of the score matrix that the plain formula holds at once
+FEW_ROWS = 16  # up to so many queries, reading the keys is the work; on a CPU the plain formula reads them fastest
+CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor's cache when they are used
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -222,17 +197,253 @@ def merge(a: Attended, b: Attended) -> Attended:
     return share * out_a + (1 - share) * out_b, torch.logaddexp(lse_a, lse_b)
 
 
-def attend_local(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Attended:
-    """Causal attention of the newest T tokens, q (B, H, T, D), to the local context that ends with them: S tokens."""
-    T, S = q.shape[2], k.shape[2]
-    if T == 1 or T == S:
-        return attend(q, k, v, real, causal=T == S)
-    parts = (slice(S - T), slice(S - T, S))  # what was there before, and the new tokens among themselves
-    old, new = ((k[:, :, i], v[:, :, i], None if real is None else real[:, :, i]) for i in parts)
-    return merge(attend(q, *old), attend(q, *new, causal=True))
+def attend(q: Tensor, blocks: list[KeysValues], real: Tensor | None = None, causal: bool = False) -> Attended:
+    """Attention of q (B, H, T, D) over one set of keys and values, which may lie in several blocks. H is a multiple of G.
+
+    real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. Keys and
+    values may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
+    The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula itself.
+    """
+    (B, H, T, D), (_, G, _, stored) = q.shape, blocks[0][0].shape
+    q = F.pad(q, (0, stored - D)) if stored > D else q
+    if H != G and causal:
+        blocks = [tuple(x.repeat_interleave(H // G, dim=1) for x in block) for block in blocks]
+    elif H != G:  # queries in any order: those that share a key head stand side by side, and no key is copied
+        q = q.reshape(B, G, H // G * T, stored)
+    # Padding scores the least finite number, not -inf: a query that sees only padding gets something, and never NaN.
+    bias = None if real is None else (~real.mT).to(q.dtype) * torch.finfo(q.dtype).min  # (B, 1, 1, S)
+
+    kernel, options = None, {"dropout_p": 0.0, "is_causal": causal, "scale": D**-0.5}
+    if torch.is_grad_enabled():
+        pass  # the kernels' log-sum-exp has no gradient
+    elif q.device.type == "cpu" and q.shape[2] > FEW_ROWS:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    elif q.device.type == "cuda" and q.dtype != torch.float32 and bias is None:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    if kernel is None:
+        out, lse = attend_plain(q, blocks, bias, causal, D**-0.5)
+    else:
+        biases = [{}] * len(blocks) if bias is None else [{"attn_mask": b} for b in bias.split(sizes(blocks), dim=-1)]
+        parts = (kernel(q, k.to(q.dtype), v.to(q.dtype), **options, **b)[:2] for (k, v), b in zip(blocks, biases))
+        out, lse = reduce(merge, parts)
+    return out[..., :D].reshape(B, H, T, D), lse.reshape(B, H, T)
 
 
-# ----------------------------------------------------------------------------------------------------- Cross-batch
+def sizes(blocks: list[KeysValues]) -> list[int]:
+    return [k.shape[2] for k, _ in blocks]
+
+
+def attend_plain(q: Tensor, blocks: list[KeysValues], bias: Tensor | None, causal: bool, scale: float) -> Attended:
+    """The formula, some rows of the score matrix at a time, with the softmax in float32."""
+    parts = []
+    for i, rows in enumerate(q.split(ROWS, dim=2)):
+        scores = torch.cat([rows @ k.mT for k in pieces(blocks, 0, q.dtype)], dim=-1).float() * scale  # (B, H, rows, S)
+        scores = scores if bias is None else scores + bias
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(i * ROWS + 1)
+            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+        top = scores.amax(dim=-1, keepdim=True)
+        weights = (scores - top).exp()
+        total = weights.sum(dim=-1, keepdim=True)  # (B, H, rows, 1)
+        weights, out, start = weights.to(q.dtype), 0, 0
+        for v in pieces(blocks, 1, q.dtype):
+            out = out + weights[..., start : start + v.shape[2]] @ v
+            start += v.shape[2]
+        parts.append(((out / total).to(q.dtype), (top + total.log()).squeeze(-1)))
+    return join(parts)
+
+
+def pieces(blocks: list[KeysValues], which: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """All keys (which = 0) or values (1), in dtype, some tokens at a time. A piece is good until the next is asked for."""
+    for x in (block[which] for block in blocks):
+        if x.dtype == dtype or torch.is_grad_enabled():  # autograd forbids writing in place
+            yield x.to(dtype)
+            continue
+        parts = x.split(max(CAST * x.shape[2] // x.numel(), 1), dim=2)
+        room = torch.empty_like(parts[0], dtype=dtype)
+        yield from (room[:, :, : part.shape[2]].copy_(part) for part in parts)
+
+
+def join(parts: list[Attended]) -> Attended:
+    """The results for different queries, side by side."""
+    outs, lses = zip(*parts)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+# -------------------------------------------------------------------------------------------- What a layer attends to
+#
+# Memory, windows, local cache, and cross-batch. The functions called attend_... are given a layer's new queries, keys and
+# values, the keys unrotated too, and return what the queries got, (B, H, T, D).
+
+
+class Memory:
+    """The unrotated keys and the values of everything before the local context, for one memory layer.
+
+    They are kept in mem_dtype in blocks, (B, G, tokens, D) each. A new block is joined to the one before it if that is
+    not larger, up to BLOCK tokens. So block sizes are like the digits of a binary number: there are few blocks, a token is
+    moved at most log2(BLOCK) times, and none is ever changed, so that forks can share them.
+
+        blocks of 8 windows   [. . . . . . . .]       of 9   [. . . . . . . .] [.]       of 11   [. . . . . . . .] [. .] [.]
+    """
+
+    BLOCK = 16384  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
+
+    def __init__(self, config: LongLlamaConfig):
+        self.dtype, self.grouping = getattr(torch, config.mem_dtype), config.mem_attention_grouping
+        self.blocks: list[KeysValues] = []
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor):
+        """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
+        self.length += k.shape[2]
+        k, v = (store(x, x.shape[2], self.dtype).split(self.BLOCK, dim=2) for x in (k, v))
+        self.blocks += zip(k, v)
+        while len(self.blocks) > 1:
+            (k, v), (new_k, new_v) = self.blocks[-2:]
+            if k.shape[2] > new_k.shape[2] or k.shape[2] + new_k.shape[2] > self.BLOCK:
+                break
+            self.blocks[-2:] = [(torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2))]
+
+    def attend(self, q: Tensor, real: Tensor | None) -> Attended:
+        """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
+        heads, queries = self.grouping or q.shape[1:3]
+        rows = max(heads * queries // q.shape[1], 1)  # of all heads, so as to make no more scores at once
+        real = None if real is None else real[:, :, : self.length]
+        return join([attend(part, self.blocks, real) for part in q.split(rows, dim=2)])
+
+    def fork(self) -> "Memory":
+        twin = copy(self)
+        twin.blocks = list(self.blocks)
+        return twin
+
+
+def store(x: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    """x (B, G, n, D) in new storage (B, G, capacity, D): contiguous, and D rounded up to a multiple of 8 with zeros.
+
+    Fused kernels want that multiple, and would copy all keys on every call to get it: the 3B model's heads have 100.
+    """
+    n, D = x.shape[2:]
+    stored = x.new_empty(*x.shape[:2], capacity, -(-D // 8) * 8, dtype=dtype)
+    stored[:, :, :n, :D], stored[..., D:] = x, 0
+    return stored
+
+
+def attend_windows(
+    q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, W: int, memory: Memory | None, real: Tensor | None
+) -> Tensor:
+    """W windows in a row, (B * W, H, T, D): each a local context, which sees memory, and then moves into it whole.
+
+    real: (B, 1, tokens before + W * T, 1), see `attend`. A layer without memory reads all windows independently.
+    """
+    T = q.shape[2]
+    own = None if real is None else real[:, :, -W * T :].reshape(-1, 1, T, 1)
+    local = attend(q, [(k, v)], own, causal=True)
+    if memory is None:
+        return local[0]
+    outs, local = [], [x.unflatten(0, (-1, W)) for x in local]
+    q, v, unrotated = (x.unflatten(0, (-1, W)) for x in (q, v, unrotated))  # (B, W, H, T, D)
+    for i in range(W):
+        attended = local[0][:, i], local[1][:, i]
+        if memory.length:
+            attended = merge(memory.attend(q[:, i], real), attended)
+        memory.append(unrotated[:, i], v[:, i])
+        outs.append(attended[0].to(q.dtype))
+    return torch.stack(outs, dim=1).flatten(0, 1)
+
+
+class LocalCache:
+    """Rotated keys, and values, of the local context of one layer; in a memory layer unrotated keys too; and its memory.
+
+    The tensors, (B, G, capacity, D), hold `length` tokens, and have room for more, to be written in place.
+    """
+
+    def __init__(self, config: LongLlamaConfig, has_memory: bool):
+        self.memory = Memory(config) if has_memory else None
+        self.window, self.tensors, self.length = config.max_position_embeddings, [], 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: Tensor | None) -> Tensor:
+        """T new tokens join the local context. They attend with one softmax to it and, in a memory layer, to all of memory
+        (paper, section 3.1). real: (B, 1, tokens in memory and local context, 1), see `attend`."""
+        k, v = self.append(k, v, unrotated)
+        T, S = q.shape[2], self.length
+        real_local = None if real is None else real[:, :, -S:]
+        if T == 1 or T == S:
+            attended = attend(q, [(k, v)], real_local, causal=T == S)
+        else:
+            parts = (slice(S - T), slice(S - T, S))  # what was there before, and the new tokens among themselves
+            old, new = (([(k[:, :, i], v[:, :, i])], None if real is None else real_local[:, :, i]) for i in parts)
+            attended = merge(attend(q, *old), attend(q, *new, causal=True))
+        if self.memory is not None and self.memory.length:
+            attended = merge(self.memory.attend(q, real), attended)
+        return attended[0]
+
+    def append(self, k: Tensor, v: Tensor, unrotated: Tensor) -> list[Tensor]:
+        """Adds n tokens (B, G, n, D), and returns all rotated keys, and values."""
+        new = [k, v] if self.memory is None else [k, v, unrotated]
+        old, start = self.filled(), self.length
+        self.length += k.shape[2]
+        if torch.is_grad_enabled():  # autograd forbids writing in place
+            self.tensors = [torch.cat(pair, dim=2) for pair in zip(old, new)] if old else new
+            return self.tensors[:2]
+        if not old or self.length > self.tensors[0].shape[2]:
+            self.tensors = [store(x, max(self.window, self.length + start), x.dtype) for x in (old or new)]
+        for tensor, x in zip(self.tensors, new):
+            tensor[:, :, start : self.length, : x.shape[3]] = x
+        return self.filled()[:2]
+
+    def filled(self) -> list[Tensor]:
+        return [x[:, :, : self.length] for x in self.tensors]
+
+    def restart(self):
+        if self.memory is not None and self.length:
+            _, v, unrotated = self.filled()
+            self.memory.append(unrotated, v)
+        self.tensors, self.length = [], 0
+
+    def fork(self) -> "LocalCache":
+        twin = copy(self)
+        twin.memory = self.memory and self.memory.fork()
+        twin.tensors = self.filled()  # without room: the twin never writes where this one does
+        return twin
+
+
+class Cache:
+    """What a model knows of the tokens that it has read: every layer's local context, and the memory layers' memory.
+
+    A model writes into the cache that it is given. To go on from one point more than once, go on from forks.
+    """
+
+    def __init__(self, config: LongLlamaConfig):
+        self.layers = [LocalCache(config, i in config.mem_layers) for i in range(config.num_hidden_layers)]
+        self.local_length = 0  # tokens in the local context, and so the position of the next
+        self.memory_length = 0  # tokens in memory
+        self.real: Tensor | None = None  # (B, 1, memory_length + local_length, 1), False where padded; None: nowhere
+
+    @property
+    def memory_bytes(self) -> int:
+        blocks = [block for layer in self.layers if layer.memory for block in layer.memory.blocks]
+        return sum(x.nbytes for block in blocks for x in block)
+
+    def note_padding(self, B: int, T: int, real: Tensor | None):
+        """Notes which of T more tokens are `real`, (B, 1, T, 1), and not padding; None: all."""
+        if real is not None and self.real is None:
+            self.real = real.new_ones(B, 1, self.memory_length + self.local_length, 1)
+        if self.real is not None:
+            new = self.real.new_ones(B, 1, T, 1) if real is None else real
+            self.real = torch.cat((self.real, new), dim=2)
+
+    def restart(self):
+        """The local context ends, and the next starts at position 0: memory layers remember it whole, others forget it."""
+        for layer in self.layers:
+            layer.restart()
+        self.memory_length += self.local_length
+        self.local_length = 0
+
+    def fork(self) -> "Cache":
+        """A cache that goes on by itself from here. What is remembered is shared, not copied; the futures are separate."""
+        twin = copy(self)
+        twin.layers = [layer.fork() for layer in self.layers]
+        return twin
 
 
 def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, extra: list[int]) -> Tensor:
@@ -265,163 +476,37 @@ def cross_batch_extra(B: int, cross_batch_range: int, packing: int = 1, stepping
     return [min(n, b) for b, n in enumerate(ranges)]  # nothing stands before the first entry
 
 
-# ----------------------------------------------------------------------------------------------- Memory and caches
-
-
-class Memory:
-    """The unrotated keys and the values of everything before the local context, for one memory layer.
-
-    They are kept in mem_dtype in blocks, (B, G, tokens, D) each. A new block is joined to the one before it if that is
-    not larger, up to BLOCK tokens. So block sizes are like the digits of a binary number: there are few blocks, a token is
-    moved at most log2(BLOCK) times, and none is ever changed, so that forks can share them.
-
-        blocks of 8 windows   [. . . . . . . .]       of 9   [. . . . . . . .] [.]       of 11   [. . . . . . . .] [. .] [.]
-    """
-
-    BLOCK = 16384  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
-
-    def __init__(self, config: LongLlamaConfig):
-        self.dtype, self.grouping = getattr(torch, config.mem_dtype), config.mem_attention_grouping
-        self.blocks: list[tuple[Tensor, Tensor]] = []  # (keys, values)
-        self.length = 0
-
-    def append(self, k: Tensor, v: Tensor):
-        """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
-        self.length += k.shape[2]
-        k, v = (x.to(self.dtype).contiguous().split(self.BLOCK, dim=2) for x in (k, v))
-        self.blocks += zip(k, v)
-        while len(self.blocks) > 1:
-            (k, v), (new_k, new_v) = self.blocks[-2:]
-            if k.shape[2] > new_k.shape[2] or k.shape[2] + new_k.shape[2] > self.BLOCK:
-                break
-            self.blocks[-2:] = [(torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2))]
-
-    def attend(self, q: Tensor, real: Tensor | None) -> Attended:
-        """Attention of q (B, H, T, D) over all M tokens remembered, at least one; real (B, 1, M, 1), as in `attend`."""
-        heads, queries = self.grouping or q.shape[1:3]
-        rows = max(heads * queries // q.shape[1], 1)  # of all heads, so as to make no more scores at once
-        return join([self._attend(part, real) for part in q.split(rows, dim=2)], dim=2)
-
-    def _attend(self, q: Tensor, real: Tensor | None) -> Attended:
-        sizes = [k.shape[2] for k, _ in self.blocks]
-        reals = real.split(sizes, dim=2) if real is not None else [None] * len(sizes)
-        parts = (attend(q, k.to(q.dtype), v.to(q.dtype), real) for (k, v), real in zip(self.blocks, reals))
-        return reduce(merge, parts)
-
-    def fork(self) -> "Memory":
-        twin = copy(self)
-        twin.blocks = list(self.blocks)
-        return twin
-
-
-class LayerCache:
-    """What one layer keeps: rotated keys and values of the local context, in a memory layer unrotated keys too; and a memory.
-
-    The tensors of `local`, (B, G, capacity, D), hold `length` tokens, and have room for more, to be written in place.
-    """
-
-    def __init__(self, memory: Memory | None):
-        self.memory, self.local, self.length = memory, [], 0
-
-    def append(self, k: Tensor, v: Tensor, unrotated: Tensor) -> list[Tensor]:
-        """Adds n tokens (B, G, n, D) to the local context, and returns all of its rotated keys, and values."""
-        new = [k, v] if self.memory is None else [k, v, unrotated]
-        old, start, self.length = self.filled(), self.length, self.length + k.shape[2]
-        if start == 0:
-            self.local = new
-        elif torch.is_grad_enabled():  # autograd forbids writing in place
-            self.local = [torch.cat(pair, dim=2) for pair in zip(old, new)]
-        else:
-            if self.length > self.local[0].shape[2]:
-                self.local = [F.pad(x, (0, 0, 0, 2 * self.length - start)) for x in old]
-            for tensor, x in zip(self.local, new):
-                tensor[:, :, start : self.length] = x
-        return self.filled()[:2]
-
-    def filled(self) -> list[Tensor]:
-        return [x[:, :, : self.length] for x in self.local]
-
-    def restart(self):
-        if self.memory is not None and self.length:
-            _, v, unrotated = self.filled()
-            self.memory.append(unrotated, v)
-        self.local, self.length = [], 0
-
-    def fork(self) -> "LayerCache":
-        twin = LayerCache(self.memory and self.memory.fork())
-        twin.local, twin.length = self.filled(), self.length  # without room: the twin never writes where this one does
-        return twin
-
-
-class Cache:
-    """What a model knows of the tokens that it has read: every layer's local context, and the memory layers' memory.
-
-    A model writes into the cache that it is given. To go on from one point more than once, go on from forks.
-    """
-
-    def __init__(self, config: LongLlamaConfig, memory: Callable[[LongLlamaConfig], Memory] = Memory):
-        mem_layers, layers = config.mem_layers, range(config.num_hidden_layers)
-        self.layers = [LayerCache(memory(config) if i in mem_layers else None) for i in layers]
-        self.local_length = 0  # tokens in the local context, and so the position of the next
-        self.memory_length = 0  # tokens in memory
-        self.real: Tensor | None = None  # (B, 1, memory_length + local_length, 1), False where padded; None: nowhere
-
-    def advance(self, T: int, real: Tensor | None):
-        """Counts T more tokens in the local context; real (B, 1, T, 1), or None."""
-        if real is not None and self.real is None:
-            self.real = real.new_ones(len(real), 1, self.memory_length + self.local_length, 1)
-        if self.real is not None:
-            new = self.real.new_ones(len(self.real), 1, T, 1) if real is None else real
-            self.real = torch.cat((self.real, new), dim=2)
-        self.local_length += T
-
-    def restart(self):
-        """The local context ends, and the next starts at position 0: memory layers remember it whole, others forget it."""
-        for layer in self.layers:
-            layer.restart()
-        self.memory_length += self.local_length
-        self.local_length = 0
-
-    def fork(self) -> "Cache":
-        """A cache that goes on by itself from here. What is remembered is shared, not copied; the futures are separate."""
-        twin = copy(self)
-        twin.layers = [layer.fork() for layer in self.layers]
-        return twin
-
-
 # ----------------------------------------------------------------------------------------------------------- Block
+
+AttendTo = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # queries, keys, values, unrotated keys -> what queries got
 
 
 class Attention(nn.Module):
     def __init__(self, config: LongLlamaConfig, has_memory: bool):
         super().__init__()
         self.H, self.G, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.has_memory, self.rotates = has_memory, config.mem_positionals or not has_memory
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.H + 2 * self.G) * self.D, bias=False)
-        self.o_proj = nn.Linear(self.H * self.D, config.hidden_size, bias=False)
+        self.rotates = config.mem_positionals or not has_memory
+        self.qkv_proj = Linear(config.hidden_size, (self.H + 2 * self.G) * self.D, bias=False)
+        self.o_proj = Linear(self.H * self.D, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, real: Tensor | None, extra: list[int]) -> Tensor:
-        """x (B, T, C) -> (B, T, C): after what the cache holds; or, without a cache, in cross-batch training."""
-        q, k, v, unrotated = self.project(x, rope)
-        if cache is None:
-            out = cross_batch_attention(q, k, v, unrotated, extra if self.has_memory else [0] * len(extra))
-        else:
-            out = self.attend(q, *cache.append(k, v, unrotated), cache.memory, real)
-        return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))  # (B, H, T, D) -> (B, T, C)
+    def forward(self, x: Tensor, rope: Rope, attend_to: AttendTo) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        out = attend_to(*self.project(x, rope))  # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, H, T, D); k, v, and k unrotated, (B, G, T, D) each."""
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # (B, H + 2G, T, D)
-        q, k, v = qkv.split((self.H, self.G, self.G), dim=1)
-        return (rotate(q, rope), rotate(k, rope), v, k) if self.rotates else (q, k, v, k)
+        unrotated, v = self.heads(self.qkv_proj(x)).split((self.H + self.G, self.G), dim=1)
+        qk = rotate(unrotated, rope) if self.rotates else unrotated
+        return qk[:, : self.H], qk[:, self.H :], v, unrotated[:, self.H :]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None, real: Tensor | None) -> Tensor:
-        """One softmax over the local context and, in a memory layer, all of memory (paper, section 3.1): (B, H, T, D)."""
-        S = k.shape[2]  # the local context is the last S of the tokens that `real` speaks of, memory all those before
-        attended = attend_local(q, k, v, None if real is None else real[:, :, -S:])
-        if memory is not None and memory.length:
-            attended = merge(memory.attend(q, None if real is None else real[:, :, :-S]), attended)
-        return attended[0]
+    def keys_values(self, x: Tensor) -> KeysValues:
+        """The unrotated keys and the values alone, (B, G, T, D) each."""
+        return self.heads(linear(x, self.qkv_proj.weight[self.H * self.D :])).chunk(2, dim=1)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D)."""
+        return x.unflatten(-1, (-1, self.D)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -429,8 +514,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: LongLlamaConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -445,13 +530,66 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, real: Tensor | None, extra: list[int] = ()) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, real, extra)
+    def forward(self, x: Tensor, rope: Rope, attend_to: AttendTo) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend_to)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def remember(self, x: Tensor, rope: Rope, cache: LayerCache):
-        """Only what `forward` leaves in the cache: all that it takes when nobody reads the output."""
-        cache.append(*self.self_attn.project(self.input_layernorm(x), rope)[1:])
+
+# ---------------------------------------------------------------------------------------------------------- Windows
+
+
+AT_ONCE = 4096  # tokens of whole windows that are read as one batch
+
+
+class Piece(NamedTuple):
+    """Tokens start to stop of the input. restart: before them, what is local moves into memory, and a new context starts.
+    windows: they are so many windows of equal size, which move into memory as they are read; 0: they become, or stay, local."""
+
+    start: int
+    stop: int
+    restart: bool
+    windows: int
+
+
+def split_into_pieces(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[Piece]:
+    """How T new tokens are read.
+
+    All but the last `last` tokens, the prefix, are read in windows of max_position_embeddings. On a fresh cache every window
+    is a local context of its own; later a window joins the local context as long as they fit one window together. The last
+    tokens stay local. Without memory layers all do.
+    """
+    if not config.mem_layers:
+        return [Piece(0, T, False, 0)]
+    window, fresh = config.max_position_embeddings, cache.local_length + cache.memory_length == 0
+    prefix, local, begins, pieces = max(T - last, 0), cache.local_length, [], []
+    starts = [*range(0, prefix, window), prefix]
+    cuts = list(zip(starts, [*starts[1:], T]))
+    for start, stop in cuts:
+        begins.append(fresh or local == 0 or local + stop - start > window)
+        local = stop - start + (0 if begins[-1] else local)
+    for (start, stop), restart, ends in zip(cuts, begins, [*begins[1:], False]):
+        whole = restart and ends
+        if whole and pieces and pieces[-1].windows and stop - start == window and stop - pieces[-1].start <= AT_ONCE:
+            pieces[-1] = Piece(pieces[-1].start, stop, True, pieces[-1].windows + 1)
+        else:
+            pieces.append(Piece(start, stop, restart, int(whole)))
+    return pieces
+
+
+# --------------------------------------------------------------------------------------------------------- Sampling
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: torch.Generator | None) -> Tensor:
+    """One id for each row of logits (B, V), float32 -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = (logits / temperature).sort(dim=-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:  # an id stays while the likelier ones fall short of top_p; so the first always does
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=rng)).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------------- Loading
@@ -486,39 +624,6 @@ def shard_names(index: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- Model
 
 
-def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, bool]]:
-    """How T new tokens are read: the (start, stop, restart) of each piece, in order.
-
-    All but the last `last` tokens, the prefix, are read in windows of max_position_embeddings. restart: the local context
-    moves into memory before this piece. On a fresh cache every piece is a local context of its own; later a piece joins
-    the local context as long as they fit one window together. Without memory layers there is one piece, and no restart.
-    """
-    if not config.mem_layers:
-        return [(0, T, False)]
-    window, fresh = config.max_position_embeddings, cache.local_length + cache.memory_length == 0
-    prefix = max(T - last, 0)
-    starts = [*range(0, prefix, window), prefix]
-    pieces, local = [], cache.local_length
-    for start, stop in zip(starts, [*starts[1:], T]):
-        restart = local > 0 and (fresh or local + stop - start > window)
-        local = stop - start + (0 if restart else local)
-        pieces.append((start, stop, restart))
-    return pieces
-
-
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: torch.Generator | None) -> Tensor:
-    """One id for each row of logits (B, V), float32 -> (B,)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits, ids = (logits / temperature).sort(dim=-1, descending=True)
-    if top_k is not None:
-        logits[:, top_k:] = -torch.inf
-    probs = logits.softmax(dim=-1)
-    if top_p is not None:  # an id stays while the likelier ones fall short of top_p; so the first always does
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=rng)).squeeze(-1)
-
-
 class LongLlama(nn.Module):
     """LLaMA with memory layers; without any, LLaMA."""
 
@@ -529,7 +634,7 @@ class LongLlama(nn.Module):
         self.layers = nn.ModuleList(Block(config, i in config.mem_layers) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=self.config.hidden_size**-0.5)
@@ -537,7 +642,7 @@ class LongLlama(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (B, T, C) -> (B, T, V)."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.norm(x), head.weight)
+        return linear(self.norm(x), head.weight)
 
     def forward(
         self, input_ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None,
@@ -563,30 +668,42 @@ class LongLlama(nn.Module):
             real = None if attention_mask.all() else attention_mask.bool()[:, None, :, None]  # (B, 1, T, 1)
 
         first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
-        hidden, pieces = [], split_into_windows(T, last, cache, self.config)
-        for i, (start, stop, restart) in enumerate(pieces):
+        hidden = []
+        for start, stop, restart, windows in split_into_pieces(T, last, cache, self.config):
             if restart:
                 cache.restart()
-            leaves = i + 1 < len(pieces) and pieces[i + 1][2]  # into memory, before the next piece
-            real_i = None if real is None else real[:, :, start:stop]
-            x = self._read(input_ids[:, start:stop], cache, real_i, only_remember=leaves and stop <= first)
+            cache.note_padding(B, stop - start, None if real is None else real[:, :, start:stop])
+            ids = input_ids[:, start:stop]
+            x = self._read_windows(ids, cache, windows, stop <= first) if windows else self._read_local(ids, cache)
             hidden.append(x[:, max(first - start, 0) :])
         return self.logits(torch.cat(hidden, dim=1)), cache
 
-    def _read(self, input_ids: Tensor, cache: Cache, real: Tensor | None, only_remember: bool) -> Tensor:
-        """One piece of the input, (B, T) -> hidden states (B, T, C).
+    def _read_windows(self, input_ids: Tensor, cache: Cache, W: int, only_remember: bool) -> Tensor:
+        """W windows of T tokens, (B, W * T) -> hidden states (B, W * T, C); and into memory with them.
 
-        Where nobody wants a token's logits, and it leaves for memory before the next piece, it matters only through what
-        memory layers remember of it. So with only_remember, all behind the last one's keys and values is left out.
+        Layers without memory read all windows as one batch. Where nobody wants a token's logits, it matters only through what
+        memory layers remember of it: with only_remember, all behind the last one's keys and values is left out.
         """
-        rope = rope_table(cache.local_length, input_ids.shape[1], self.config, input_ids.device)
-        cache.advance(input_ids.shape[1], real)
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids.unflatten(1, (W, -1)).flatten(0, 1))  # (B * W, T, C)
+        rope = rope_table(0, x.shape[1], self.config, x.device)
         for i, layer in enumerate(self.layers):
+            memory = cache.layers[i].memory
             if only_remember and i == max(self.config.mem_layers):
-                layer.remember(x, rope, cache.layers[i])
+                keys_values = layer.self_attn.keys_values(layer.input_layernorm(x))  # (B * W, G, T, D)
+                memory.append(*(x.unflatten(0, (-1, W)).transpose(1, 2).flatten(2, 3) for x in keys_values))
                 break
-            x = layer(x, rope, cache.layers[i], cache.real)
+            x = layer(x, rope, partial(attend_windows, W=W, memory=memory, real=cache.real))
+        cache.memory_length += input_ids.shape[1]
+        return x.unflatten(0, (-1, W)).flatten(1, 2)
+
+    def _read_local(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """T tokens that join the local context, (B, T) -> hidden states (B, T, C)."""
+        T = input_ids.shape[1]
+        rope = rope_table(cache.local_length, T, self.config, input_ids.device)
+        cache.local_length += T
+        x = self.embed_tokens(input_ids)
+        for layer, context in zip(self.layers, cache.layers):
+            x = layer(x, rope, partial(context.attend, real=cache.real))
         return x
 
     def forward_cross_batch(self, input_ids: Tensor, extra: list[int]) -> Tensor:
@@ -594,8 +711,9 @@ class LongLlama(nn.Module):
         layers entry b also sees the extra[b] entries before it, see `cross_batch_extra`."""
         rope = rope_table(0, input_ids.shape[1], self.config, input_ids.device)
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, rope, None, None, extra)
+        for i, layer in enumerate(self.layers):
+            seen = extra if i in self.config.mem_layers else [0] * len(extra)
+            x = layer(x, rope, partial(cross_batch_attention, extra=seen))
         return self.logits(x)
 
     @torch.no_grad()

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.passkey import GRASS, INTRO, KEY, QUESTION
 from tokenizer import Tokenizer
 
+STYLES = ("text", "grass", "mixed")  # of filler
+KEYED = ("dense", "passkey")  # the kinds of document that have a pass key in them; the others: "text" and "filler"
 HELD_OUT = 16  # every so many-th document is kept for validation
 
 
@@ -84,17 +86,17 @@ class Corpus:
         """n tokens with a pass key stated once and asked for later; and which of them are digits of an answer.
 
         dense: asked for again and again, a few words of filler between, so that a document has many answers to learn
-        from. Otherwise: one question, or a few, at least half a window after the statement.
+        from. Otherwise: stated in the first window, and asked for once in each of the others.
 
         The two hard cases can be made more frequent. cut: in this share of documents that are not dense the statement
-        lies across the border of two windows, so that what is behind it was read without what stands before it.
+        lies across the border of the first two windows, so that what is behind it was read without what stands before it.
         repeated: this share of keys has at most three different digits, so that a digit does not tell which comes next.
         """
         digits = rng.integers(0, 10, 5)
         if repeated and rng.random() < repeated:
             digits = rng.choice(digits[:3], 5)
         key = "".join(map(str, digits))
-        style = str(rng.choice(["text", "grass", "mixed"]))
+        style = str(rng.choice(STYLES))
         statement = np.array(self.tokenizer.encode(KEY.format(key=key), bos=False))
         answer = np.array(self.tokenizer.encode(key, bos=False))
         asked = np.concatenate((self.question, answer, self.full_stop))
@@ -105,11 +107,11 @@ class Corpus:
                 places.append(place)
                 place += int(rng.integers(1, 16)) + len(asked)
         else:
-            first = int(rng.integers(0, n - window))
             if cut and rng.random() < cut:
-                first = int(rng.integers(1, n // window)) * window - int(rng.integers(1, len(statement)))
-            later = rng.integers(first + window // 2, n - len(asked), size=rng.integers(1, 4))
-            places = [first, *sorted(int(p) for p in later)]
+                places = [window - int(rng.integers(1, len(statement)))]
+            else:
+                places = [int(rng.integers(0, window - len(statement)))]
+            places += [int(rng.integers(w, w + window - len(asked))) for w in range(window, n - window + 1, window)]
 
         parts, marks, length = start, [np.zeros(sum(map(len, start)), bool)], sum(map(len, start))
         for i, place in enumerate(places):
@@ -123,21 +125,29 @@ class Corpus:
         marks.append(np.zeros(len(parts[-1]), bool))
         return np.concatenate(parts)[:n], np.concatenate(marks)[:n]
 
+    def document(self, rng: np.random.Generator, n: int, window: int, kind: str, **hard: float) -> tuple[np.ndarray, np.ndarray]:
+        """n tokens of a kind of document, and which of them are digits of an answer."""
+        if kind in KEYED:
+            return self.passkey(rng, n, window, kind == "dense", **hard)
+        tokens = self.text(rng, n) if kind == "text" else self.filler(rng, n, str(rng.choice(STYLES)))
+        return tokens, np.zeros(n, bool)
+
     def batch(
-        self, seed: tuple[int, ...], documents: int, packing: int, window: int, mix: dict[str, float], **hard: float
+        self, seed: tuple[int, ...], documents: int, packing: int, window: int, mix: dict[str, float], reach: int = 0, **hard: float
     ) -> Batch:
         """documents x packing entries of window tokens; entries packing * i ... packing * (i + 1) - 1 are document i.
 
-        mix: the probability of each kind of document, "text", "dense" and "passkey". hard: `cut`, `repeated` of `passkey`.
+        mix: how often each kind of document comes, relative to the others. reach: an entry may see this many before it.
+        A question has one answer only if one key can be seen, so in that distance before a document with a key stand
+        documents without: the contrast is between a key and everything else. hard: `cut`, `repeated` of `passkey`.
         """
         rng = np.random.default_rng(seed)
-        n = packing * window + 1
+        n, spacing = packing * window + 1, -(-(reach + 1) // packing)
         tokens, answers = np.empty((documents, n), np.int64), np.zeros((documents, n), bool)
-        for i, kind in enumerate(rng.choice(list(mix), documents, p=list(mix.values()))):
-            if kind == "text":
-                tokens[i] = self.text(rng, n)
-            else:
-                tokens[i], answers[i] = self.passkey(rng, n, window, kind == "dense", **hard)
+        for i in range(documents):
+            kinds = [kind for kind in mix if (i + 1) % spacing == 0 or kind not in KEYED]
+            shares = np.array([mix[kind] for kind in kinds])
+            tokens[i], answers[i] = self.document(rng, n, window, str(rng.choice(kinds, p=shares / shares.sum())), **hard)
         entries = (documents * packing, window)
         return Batch(tokens[:, :-1].reshape(entries), tokens[:, 1:].reshape(entries), answers[:, 1:].reshape(entries))
 
