@@ -180,11 +180,69 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 # log-sum-exp of each query's scores, (B, H, T), which is all it takes to merge it with attention over another set.
 
 Attended = tuple[Tensor, Tensor]
-KeysValues = tuple[Tensor, Tensor]  # (B, G, S, D) each
 
 ROWS = 256  # of the score matrix that the plain formula holds at once
 FEW_ROWS = 16  # up to so many queries, reading the keys is the work; on a CPU the plain formula reads them fastest
 CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor's cache when they are used
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = ROWS
+) -> Attended:
+    """Attention of q (B, H, T, D) over one set of keys k and values v (B, G, S, D). H is a multiple of G.
+
+    real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v
+    may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
+    The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula, `rows` queries at once.
+    """
+    (B, H, T, D), (_, G, _, stored) = q.shape, k.shape
+    q = F.pad(q, (0, stored - D)) if stored > D else q
+    if H != G and causal:
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    elif H != G:  # queries in any order: those that share a key head stand side by side, and no key is copied
+        q = q.reshape(B, G, H // G * T, stored)
+    # Padding scores the least finite number, not -inf: a query that sees only padding gets something, and never NaN.
+    bias = None if real is None else (~real.mT).to(q.dtype) * torch.finfo(q.dtype).min  # (B, 1, 1, S)
+
+    fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
+    if fused and q.device.type == "cpu" and q.shape[2] > FEW_ROWS:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, attn_mask=bias, scale=D**-0.5)
+    elif fused and q.device.type == "cuda" and q.dtype != torch.float32 and bias is None:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, scale=D**-0.5)[:2]
+    else:
+        starts = range(0, q.shape[2], rows)
+        parts = [attend_plain(q[:, :, i : i + rows], k, v, bias, D**-0.5, i if causal else None) for i in starts]
+        out, lse = (torch.cat(x, dim=2) for x in zip(*parts))
+    return out[..., :D].reshape(B, H, T, D), lse.reshape(B, H, T)
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int | None) -> Attended:
+    """The formula, with the softmax in float32. first: causal, and the first query is the first-th token; None: not causal."""
+    scores = torch.cat([q @ piece.mT for piece in cast(k, q.dtype)], dim=-1).float() * scale  # (B, G, T, S)
+    scores = scores if bias is None else scores + bias
+    if first is not None:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
+        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - top).exp()
+    total = weights.sum(dim=-1, keepdim=True)  # (B, G, T, 1)
+    weights, out, start = (weights / total).to(q.dtype), 0, 0
+    for piece in cast(v, q.dtype):
+        out = out + weights[..., start : start + piece.shape[2]] @ piece
+        start += piece.shape[2]
+    return out, (top + total.log()).squeeze(-1)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """x (B, G, S, D) in dtype, in pieces of some tokens. A piece is good until the next one is asked for."""
+    if x.dtype == dtype or torch.is_grad_enabled():  # autograd forbids writing in place
+        yield x.to(dtype)
+        return
+    parts = x.split(max(CAST * x.shape[2] // x.numel(), 1), dim=2)
+    room = torch.empty_like(parts[0], dtype=dtype)
+    yield from (room[:, :, : part.shape[2]].copy_(part) for part in parts)
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -197,79 +255,6 @@ def merge(a: Attended, b: Attended) -> Attended:
     return share * out_a + (1 - share) * out_b, torch.logaddexp(lse_a, lse_b)
 
 
-def attend(q: Tensor, blocks: list[KeysValues], real: Tensor | None = None, causal: bool = False) -> Attended:
-    """Attention of q (B, H, T, D) over one set of keys and values, which may lie in several blocks. H is a multiple of G.
-
-    real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. Keys and
-    values may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
-    The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula itself.
-    """
-    (B, H, T, D), (_, G, _, stored) = q.shape, blocks[0][0].shape
-    q = F.pad(q, (0, stored - D)) if stored > D else q
-    if H != G and causal:
-        blocks = [tuple(x.repeat_interleave(H // G, dim=1) for x in block) for block in blocks]
-    elif H != G:  # queries in any order: those that share a key head stand side by side, and no key is copied
-        q = q.reshape(B, G, H // G * T, stored)
-    # Padding scores the least finite number, not -inf: a query that sees only padding gets something, and never NaN.
-    bias = None if real is None else (~real.mT).to(q.dtype) * torch.finfo(q.dtype).min  # (B, 1, 1, S)
-
-    kernel, options = None, {"dropout_p": 0.0, "is_causal": causal, "scale": D**-0.5}
-    if torch.is_grad_enabled():
-        pass  # the kernels' log-sum-exp has no gradient
-    elif q.device.type == "cpu" and q.shape[2] > FEW_ROWS:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    elif q.device.type == "cuda" and q.dtype != torch.float32 and bias is None:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention
-    if kernel is None:
-        out, lse = attend_plain(q, blocks, bias, causal, D**-0.5)
-    else:
-        biases = [{}] * len(blocks) if bias is None else [{"attn_mask": b} for b in bias.split(sizes(blocks), dim=-1)]
-        parts = (kernel(q, k.to(q.dtype), v.to(q.dtype), **options, **b)[:2] for (k, v), b in zip(blocks, biases))
-        out, lse = reduce(merge, parts)
-    return out[..., :D].reshape(B, H, T, D), lse.reshape(B, H, T)
-
-
-def sizes(blocks: list[KeysValues]) -> list[int]:
-    return [k.shape[2] for k, _ in blocks]
-
-
-def attend_plain(q: Tensor, blocks: list[KeysValues], bias: Tensor | None, causal: bool, scale: float) -> Attended:
-    """The formula, some rows of the score matrix at a time, with the softmax in float32."""
-    parts = []
-    for i, rows in enumerate(q.split(ROWS, dim=2)):
-        scores = torch.cat([rows @ k.mT for k in pieces(blocks, 0, q.dtype)], dim=-1).float() * scale  # (B, H, rows, S)
-        scores = scores if bias is None else scores + bias
-        if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(i * ROWS + 1)
-            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
-        top = scores.amax(dim=-1, keepdim=True)
-        weights = (scores - top).exp()
-        total = weights.sum(dim=-1, keepdim=True)  # (B, H, rows, 1)
-        weights, out, start = weights.to(q.dtype), 0, 0
-        for v in pieces(blocks, 1, q.dtype):
-            out = out + weights[..., start : start + v.shape[2]] @ v
-            start += v.shape[2]
-        parts.append(((out / total).to(q.dtype), (top + total.log()).squeeze(-1)))
-    return join(parts)
-
-
-def pieces(blocks: list[KeysValues], which: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """All keys (which = 0) or values (1), in dtype, some tokens at a time. A piece is good until the next is asked for."""
-    for x in (block[which] for block in blocks):
-        if x.dtype == dtype or torch.is_grad_enabled():  # autograd forbids writing in place
-            yield x.to(dtype)
-            continue
-        parts = x.split(max(CAST * x.shape[2] // x.numel(), 1), dim=2)
-        room = torch.empty_like(parts[0], dtype=dtype)
-        yield from (room[:, :, : part.shape[2]].copy_(part) for part in parts)
-
-
-def join(parts: list[Attended]) -> Attended:
-    """The results for different queries, side by side."""
-    outs, lses = zip(*parts)
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
-
-
 # -------------------------------------------------------------------------------------------- What a layer attends to
 #
 # Memory, windows, local cache, and cross-batch. The functions called attend_... are given a layer's new queries, keys and
@@ -279,18 +264,18 @@ def join(parts: list[Attended]) -> Attended:
 class Memory:
     """The unrotated keys and the values of everything before the local context, for one memory layer.
 
-    They are kept in mem_dtype in blocks, (B, G, tokens, D) each. A new block is joined to the one before it if that is
-    not larger, up to BLOCK tokens. So block sizes are like the digits of a binary number: there are few blocks, a token is
-    moved at most log2(BLOCK) times, and none is ever changed, so that forks can share them.
+    They are kept in mem_dtype in blocks, (B, G, tokens, D) each, that are never changed, so that forks can share them. A new
+    block is joined to the one before it unless that is over four times as large, or both exceed BLOCK tokens: blocks grow
+    geometrically, there are few, and a token is moved some ten times on the way into a full one.
 
-        blocks of 8 windows   [. . . . . . . .]       of 9   [. . . . . . . .] [.]       of 11   [. . . . . . . .] [. .] [.]
+        after 5 windows   [. . . . .]       after 6   [. . . . .] [.]       after 7   [. . . . . . .]
     """
 
     BLOCK = 16384  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
 
     def __init__(self, config: LongLlamaConfig):
         self.dtype, self.grouping = getattr(torch, config.mem_dtype), config.mem_attention_grouping
-        self.blocks: list[KeysValues] = []
+        self.blocks: list[tuple[Tensor, Tensor]] = []  # keys, values
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor):
@@ -300,16 +285,17 @@ class Memory:
         self.blocks += zip(k, v)
         while len(self.blocks) > 1:
             (k, v), (new_k, new_v) = self.blocks[-2:]
-            if k.shape[2] > new_k.shape[2] or k.shape[2] + new_k.shape[2] > self.BLOCK:
+            if k.shape[2] > 4 * new_k.shape[2] or k.shape[2] + new_k.shape[2] > self.BLOCK:
                 break
             self.blocks[-2:] = [(torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2))]
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
-        heads, queries = self.grouping or q.shape[1:3]
+        sizes = [k.shape[2] for k, _ in self.blocks]
+        reals = [None] * len(sizes) if real is None else real[:, :, : self.length].split(sizes, dim=2)
+        heads, queries = self.grouping or (q.shape[1], ROWS)
         rows = max(heads * queries // q.shape[1], 1)  # of all heads, so as to make no more scores at once
-        real = None if real is None else real[:, :, : self.length]
-        return join([attend(part, self.blocks, real) for part in q.split(rows, dim=2)])
+        return reduce(merge, (attend(q, *block, real, rows=rows) for block, real in zip(self.blocks, reals)))
 
     def fork(self) -> "Memory":
         twin = copy(self)
@@ -337,7 +323,7 @@ def attend_windows(
     """
     T = q.shape[2]
     own = None if real is None else real[:, :, -W * T :].reshape(-1, 1, T, 1)
-    local = attend(q, [(k, v)], own, causal=True)
+    local = attend(q, k, v, own, causal=True)
     if memory is None:
         return local[0]
     outs, local = [], [x.unflatten(0, (-1, W)) for x in local]
@@ -366,12 +352,11 @@ class LocalCache:
         (paper, section 3.1). real: (B, 1, tokens in memory and local context, 1), see `attend`."""
         k, v = self.append(k, v, unrotated)
         T, S = q.shape[2], self.length
-        real_local = None if real is None else real[:, :, -S:]
+        sets = [k, v] if real is None else [k, v, real[:, :, -S:]]
         if T == 1 or T == S:
-            attended = attend(q, [(k, v)], real_local, causal=T == S)
-        else:
-            parts = (slice(S - T), slice(S - T, S))  # what was there before, and the new tokens among themselves
-            old, new = (([(k[:, :, i], v[:, :, i])], None if real is None else real_local[:, :, i]) for i in parts)
+            attended = attend(q, *sets, causal=T == S)
+        else:  # to what was there before, and causally to the new tokens themselves
+            old, new = zip(*(x.split((S - T, T), dim=2) for x in sets))
             attended = merge(attend(q, *old), attend(q, *new, causal=True))
         if self.memory is not None and self.memory.length:
             attended = merge(self.memory.attend(q, real), attended)
@@ -500,7 +485,7 @@ class Attention(nn.Module):
         qk = rotate(unrotated, rope) if self.rotates else unrotated
         return qk[:, : self.H], qk[:, self.H :], v, unrotated[:, self.H :]
 
-    def keys_values(self, x: Tensor) -> KeysValues:
+    def keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         """The unrotated keys and the values alone, (B, G, T, D) each."""
         return self.heads(linear(x, self.qkv_proj.weight[self.H * self.D :])).chunk(2, dim=1)
 

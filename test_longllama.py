@@ -231,7 +231,7 @@ def test_attention_merged_over_sets_is_one_softmax_over_their_union(G, padded):
     parts = zip(*(x.split(sizes, dim=2) for x in (k, v, real)), (False, False, True))
     out, lse = None, None
     for k_i, v_i, real_i, causal in parts:
-        part = attend(q, [(k_i, v_i)], real_i if padded else None, causal)
+        part = attend(q, k_i, v_i, real_i if padded else None, causal)
         out, lse = part if out is None else merge((out, lse), part)
     seen = real.mT & torch.ones(T, 36, dtype=torch.bool).tril(31)
     assert (out - naive(q, k, v, seen)).abs().max() < 1e-5
@@ -241,7 +241,7 @@ def test_attention_merged_over_sets_is_one_softmax_over_their_union(G, padded):
 def test_a_query_that_sees_only_padding_gives_no_nan():
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        part = attend(q.to(dtype), [(k.to(dtype), k.to(dtype))], torch.zeros(1, 1, 3, 1, dtype=torch.bool))
+        part = attend(q.to(dtype), k.to(dtype), k.to(dtype), torch.zeros(1, 1, 3, 1, dtype=torch.bool))
         assert all(x.isfinite().all() for x in (*part, *merge(part, part)))
 
 
@@ -326,8 +326,8 @@ def test_memory_moves_a_token_a_few_times_only_and_blocks_are_few():
         for _ in range(windows):
             memory.append(window, window)
     assert memory.length == sum(k.shape[2] for k, _ in memory.blocks) == n * windows
-    assert len(memory.blocks) == bin(windows).count("1")
-    assert copied.numel <= 2 * windows * window.numel() * 10  # keys and values, each at most log2(1000) times
+    assert len(memory.blocks) <= 5  # log4(1000)
+    assert copied.numel <= 2 * windows * window.numel() * 12  # keys and values
     assert torch.equal(torch.cat([k for k, _ in memory.blocks], dim=2), window.repeat(1, 1, windows, 1))
 
 

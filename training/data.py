@@ -133,21 +133,26 @@ class Corpus:
         return tokens, np.zeros(n, bool)
 
     def batch(
-        self, seed: tuple[int, ...], documents: int, packing: int, window: int, mix: dict[str, float], reach: int = 0, **hard: float
+        self, seed: tuple[int, ...], documents: int, window: int, mix: dict[str, float], extra: list[int], **hard: float
     ) -> Batch:
-        """documents x packing entries of window tokens; entries packing * i ... packing * (i + 1) - 1 are document i.
+        """Entries of window tokens: as many consecutive chunks of each document as there are entries in `extra` for it.
 
-        mix: how often each kind of document comes, relative to the others. reach: an entry may see this many before it.
-        A question has one answer only if one key can be seen, so in that distance before a document with a key stand
-        documents without: the contrast is between a key and everything else. hard: `cut`, `repeated` of `passkey`.
+        mix: how often each kind of document comes, relative to the others. extra: how many entries before it each entry
+        sees. A question has one answer only if no other document's key is seen, so where entries see others, documents with
+        a key stand behind enough documents without: the contrast is between a key and everything else.
+        hard: `cut` and `repeated` of `passkey`.
         """
         rng = np.random.default_rng(seed)
-        n, spacing = packing * window + 1, -(-(reach + 1) // packing)
+        packing = len(extra) // documents
+        others = max(seen - i % packing for i, seen in enumerate(extra))  # entries of other documents that are seen
+        spacing = 1 + -(-others // packing)
+        n = packing * window + 1
         tokens, answers = np.empty((documents, n), np.int64), np.zeros((documents, n), bool)
         for i in range(documents):
             kinds = [kind for kind in mix if (i + 1) % spacing == 0 or kind not in KEYED]
             shares = np.array([mix[kind] for kind in kinds])
-            tokens[i], answers[i] = self.document(rng, n, window, str(rng.choice(kinds, p=shares / shares.sum())), **hard)
+            kind = str(rng.choice(kinds, p=shares / shares.sum()))
+            tokens[i], answers[i] = self.document(rng, n, window, kind, **hard)
         entries = (documents * packing, window)
         return Batch(tokens[:, :-1].reshape(entries), tokens[:, 1:].reshape(entries), answers[:, 1:].reshape(entries))
 

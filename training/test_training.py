@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from data import Corpus, held_out, text_files  # noqa: E402
 from train import Phase, Recipe, extra_contexts, main  # noqa: E402
 
+from longllama import cross_batch_extra  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 TOKENIZER = HERE.parent / "tiny" / "tokenizer.model"
@@ -151,12 +152,12 @@ def test_training_does_not_overwrite_a_run_without_being_told(whole, recipe, fol
 
 def test_batches_depend_on_seed_and_step_alone(corpus):
     mix = {"text": 0.4, "dense": 0.3, "passkey": 0.3}
-    a, b, c = (corpus.batch(seed, 4, 2, 64, mix) for seed in ((0, 1, 0), (0, 1, 0), (0, 2, 0)))
+    a, b, c = (corpus.batch(seed, 4, 64, mix, [0, 1] * 4) for seed in ((0, 1, 0), (0, 1, 0), (0, 2, 0)))
     assert np.array_equal(a.inputs, b.inputs) and not np.array_equal(a.inputs, c.inputs)
 
 
 def test_consecutive_entries_are_consecutive_chunks_of_a_document(corpus):
-    batch = corpus.batch((0, 0, 0), 3, 4, 64, {"text": 1.0})
+    batch = corpus.batch((0, 0, 0), 3, 64, {"text": 1.0}, [0] * 12)
     assert batch.inputs.shape == batch.targets.shape == (12, 64)
     for document_in, document_out in zip(batch.inputs.reshape(3, -1), batch.targets.reshape(3, -1)):
         assert np.array_equal(document_in[1:], document_out[:-1])
@@ -164,7 +165,7 @@ def test_consecutive_entries_are_consecutive_chunks_of_a_document(corpus):
 
 def test_short_documents_are_joined_and_never_padded(corpus):
     tokenizer = corpus.tokenizer
-    batch = corpus.batch((0, 0, 0), 8, 8, 256, {"text": 1.0})  # slots of 2048 tokens, documents of about 1000
+    batch = corpus.batch((0, 0, 0), 8, 256, {"text": 1.0}, [0] * 64)  # slots of 2048 tokens, documents of about 1000
     for ids in batch.inputs.reshape(8, -1).tolist():
         assert tokenizer.eos_id in ids and 0 not in ids
         assert all(ids[i + 1] == tokenizer.bos_id for i, x in enumerate(ids[:-1]) if x == tokenizer.eos_id)
@@ -173,11 +174,29 @@ def test_short_documents_are_joined_and_never_padded(corpus):
 @pytest.mark.parametrize("dense", [True, False])
 def test_answers_mark_the_digits_of_the_key_stated_before(dense, corpus):
     for seed in range(30):
-        ids, answers = corpus.passkey(np.random.default_rng(seed), 513, 128, dense)
+        ids, answers = corpus.passkey(np.random.default_rng(seed), 513, 128, dense, cut=0.5, repeated=0.5)
         text = corpus.tokenizer.decode(ids.tolist())
         key = text.split("The pass key is ")[1][:5]
         digits = corpus.tokenizer.decode(ids[answers].tolist()).replace(" ", "")
         assert len(ids) == 513 and digits and (digits + key).startswith(key) and digits in key * 40
+
+
+@pytest.mark.parametrize("reach", [3, 7, 15])
+def test_no_entry_sees_the_pass_keys_of_two_documents(reach, corpus):
+    packing, seen_keys = 4, []
+    extra = cross_batch_extra(8 * packing, reach, packing)
+    for seed in range(4):
+        batch = corpus.batch((0, seed, 0), 8, 128, {"passkey": 1.0, "dense": 1.0, "filler": 1.0}, extra)
+        keyed = [i // packing for i, answers in enumerate(batch.answers) if answers.any()]
+        for i, n in enumerate(extra):
+            seen_keys.append(len({j // packing for j in range(i - n, i + 1)} & set(keyed)))
+    assert set(seen_keys) == {0, 1}
+
+
+def test_each_window_after_the_first_asks_for_the_key(corpus):
+    for seed in range(20):
+        _, answers = corpus.passkey(np.random.default_rng(seed), 4 * 128 + 1, 128, dense=False)
+        assert [window.sum() for window in answers[1:].reshape(4, 128)][1:] == [5, 5, 5]
 
 
 def test_validation_documents_are_never_trained_on(folder, corpus):
@@ -189,7 +208,7 @@ def test_validation_documents_are_never_trained_on(folder, corpus):
 
 def test_contrast_decides_which_entries_are_seen():
     phase = Phase(steps=1, learning_rate=1.0, window=8, documents=2, packing=4, ranges=[7], mix={})
-    assert extra_contexts(phase, (0, 0, 0), "full") == [0, 1, 2, 3, 0, 3, 6, 7]
+    assert extra_contexts(phase, (0, 0, 0)) == [0, 1, 2, 3, 0, 3, 6, 7]
     assert extra_contexts(phase, (0, 0, 0), "positives") == [0, 1, 2, 3] * 2
     assert extra_contexts(phase, (0, 0, 0), "none") == [0] * 8
 

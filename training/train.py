@@ -64,10 +64,6 @@ class Phase:
     def mix_at(self, done: float) -> dict[str, float]:
         return {kind: (1 - done) * start + done * end for kind, (start, end) in self.mix.items()}
 
-    def reach(self, seed: tuple[int, ...]) -> int:
-        """The cross-batch range of the step and group that seed tells of."""
-        return self.packing - 1 if self.ranges is None else self.ranges[sum(seed) % len(self.ranges)]
-
     def learning_rate_at(self, step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.learning_rate * min((step + 1) / WARMUP, 0.05 + 0.95 * cosine)
@@ -104,14 +100,14 @@ class Recipe:
         return sum(self.at(s)[0].step_tokens for s in range(step, self.steps))
 
 
-def extra_contexts(phase: Phase, reach: int, contrast: str) -> list[int]:
+def extra_contexts(phase: Phase, seed: tuple[int, ...], contrast: str = "full") -> list[int]:
     """How many entries before it each entry sees. contrast: "full", or for ablations only "positives", or "none"."""
     entries = phase.documents * phase.packing
     if contrast == "none":
         return [0] * entries
     if contrast == "positives" or phase.ranges is None:
         return [b % phase.packing for b in range(entries)]
-    return cross_batch_extra(entries, reach, phase.packing)
+    return cross_batch_extra(entries, phase.ranges[sum(seed) % len(phase.ranges)], phase.packing)
 
 
 def losses(model: LongLlama, batch, extra: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,10 +170,9 @@ class Trainer:
         total = torch.zeros(2, device=self.device)
         for group in range(self.rank, phase.groups, self.world):
             seed = (self.recipe.seed, self.step, group)
-            mix, reach = phase.mix_at(step / phase.steps), phase.reach(seed)
-            hard = {"cut": phase.cut, "repeated": phase.repeated}
-            batch = self.corpus.batch(seed, phase.documents, phase.packing, phase.window, mix, reach, **hard)
-            extra = extra_contexts(phase, reach, self.args.contrast)
+            mix, hard = phase.mix_at(step / phase.steps), {"cut": phase.cut, "repeated": phase.repeated}
+            batch = self.corpus.batch(seed, phase.documents, phase.window, mix, extra_contexts(phase, seed), **hard)
+            extra = extra_contexts(phase, seed, self.args.contrast)
             loss, answer_loss = losses(self.model, batch, extra, self.device)
             # Sharded gradients are averaged over processes, so a process's own are averaged over its own groups.
             ((loss + self.recipe.answer_weight * answer_loss) * self.world / phase.groups).backward()
