@@ -15,7 +15,8 @@ Five ideas carry it, each a short function or class below:
                            keeps keys unrotated, which is rotated at position 0, the start of the local context.
   `attend`, `merge`        One softmax over both sets. It is the softmaxes over each, weighted by their log-sum-exps:
                            exactly, so a memory of any length is attended to block by block.
-  `attend_windows`         A long prompt is read window by window, and a window that was read moves into memory.
+  `split_into_windows`     A long prompt is read window by window. Each attends to the memory of all before it, and then
+  `attend_windows`         moves into memory whole.
   `Cache.restart`          Overflow: when the window is full, all of the local context moves into memory, and a new
                            one starts at position 0.
   `cross_batch_attention`  Training mixes keys of the true past with keys of unrelated documents, so that memory layers
@@ -34,7 +35,6 @@ from copy import copy
 from dataclasses import asdict, dataclass, fields
 from functools import partial, reduce
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -522,42 +522,32 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- Windows
 
-
 AT_ONCE = 4096  # tokens of whole windows that are read as one batch
 
 
-class Piece(NamedTuple):
-    """Tokens start to stop of the input. restart: before them, what is local moves into memory, and a new context starts.
-    windows: they are so many windows of equal size, which move into memory as they are read; 0: they become, or stay, local."""
+def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, bool, int]]:
+    """How T new tokens are read: the (start, stop, restart, windows) of each piece, in order.
 
-    start: int
-    stop: int
-    restart: bool
-    windows: int
-
-
-def split_into_pieces(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[Piece]:
-    """How T new tokens are read.
-
-    All but the last `last` tokens, the prefix, are read in windows of max_position_embeddings. On a fresh cache every window
-    is a local context of its own; later a window joins the local context as long as they fit one window together. The last
-    tokens stay local. Without memory layers all do.
+    All but the last `last` tokens, the prefix, are read in windows of max_position_embeddings. On a fresh cache every piece
+    is a local context of its own; later a piece joins the local context as long as both fit one window together. Without
+    memory layers there is one piece. restart: what is local moves into memory before this piece. windows: n > 0, the piece is
+    n windows that move into memory as soon as they are read; 0: it stays local.
     """
     if not config.mem_layers:
-        return [Piece(0, T, False, 0)]
+        return [(0, T, False, 0)]
     window, fresh = config.max_position_embeddings, cache.local_length + cache.memory_length == 0
-    prefix, local, begins, pieces = max(T - last, 0), cache.local_length, [], []
+    prefix, local, restarts, pieces = max(T - last, 0), cache.local_length, [], []
     starts = [*range(0, prefix, window), prefix]
     cuts = list(zip(starts, [*starts[1:], T]))
     for start, stop in cuts:
-        begins.append(fresh or local == 0 or local + stop - start > window)
-        local = stop - start + (0 if begins[-1] else local)
-    for (start, stop), restart, ends in zip(cuts, begins, [*begins[1:], False]):
-        whole = restart and ends
-        if whole and pieces and pieces[-1].windows and stop - start == window and stop - pieces[-1].start <= AT_ONCE:
-            pieces[-1] = Piece(pieces[-1].start, stop, True, pieces[-1].windows + 1)
-        else:
-            pieces.append(Piece(start, stop, restart, int(whole)))
+        restarts.append(fresh or local == 0 or local + stop - start > window)
+        local = stop - start + (0 if restarts[-1] else local)
+    for (start, stop), restart, ends in zip(cuts, restarts, [*restarts[1:], False]):
+        windows = int(restart and ends)
+        if windows and pieces and pieces[-1][3] and stop - start == window and stop - pieces[-1][0] <= AT_ONCE:
+            start, _, _, before = pieces.pop()
+            windows += before
+        pieces.append((start, stop, restart, windows))
     return pieces
 
 
@@ -654,13 +644,14 @@ class LongLlama(nn.Module):
 
         first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
         hidden = []
-        for start, stop, restart, windows in split_into_pieces(T, last, cache, self.config):
+        for start, stop, restart, windows in split_into_windows(T, last, cache, self.config):
             if restart:
                 cache.restart()
             cache.note_padding(B, stop - start, None if real is None else real[:, :, start:stop])
             ids = input_ids[:, start:stop]
             x = self._read_windows(ids, cache, windows, stop <= first) if windows else self._read_local(ids, cache)
-            hidden.append(x[:, max(first - start, 0) :])
+            if stop > first:
+                hidden.append(x[:, max(first - start, 0) :])
         return self.logits(torch.cat(hidden, dim=1)), cache
 
     def _read_windows(self, input_ids: Tensor, cache: Cache, W: int, only_remember: bool) -> Tensor:

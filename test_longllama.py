@@ -5,6 +5,7 @@ LlamaForCausalLM, SentencePiece itself, and float64 formulas of a few lines.
 """
 
 import contextlib
+import gc
 import io
 import json
 import random
@@ -360,6 +361,24 @@ def test_no_tensor_of_prompt_times_vocabulary_or_prompt_or_window_times_memory()
     block = T * model.config.hidden_size  # keys of all tokens
     widest = longllama.AT_ONCE * 2 * model.config.intermediate_size
     assert block // 2 <= seen.numel <= max(block, widest) < window * T < T * 1000
+
+
+@torch.no_grad()
+def test_a_prefix_leaves_nothing_behind_but_memory(monkeypatch):
+    monkeypatch.setattr(longllama, "AT_ONCE", 16)
+    model, T, live = small_model(mem_layers=(1,), num_key_value_heads=1, mem_dtype="bfloat16"), 1600, []
+    cache = Cache(model.config)
+
+    def count(*_):
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        live.append(sum(storages.values()))
+
+    count()
+    model.norm.register_forward_hook(count)  # just before the output head
+    model(torch.randint(61, (1, T)), cache, logits_to_keep=1)
+    hidden_states = T * model.config.hidden_size * 4
+    assert live[1] - live[0] < cache.memory_bytes + hidden_states / 4
 
 
 @torch.no_grad()

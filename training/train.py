@@ -42,7 +42,8 @@ class Phase:
 
     documents, packing, window: a batch is that many documents, of `packing` entries of `window` tokens each.
     ranges: each step draws its cross-batch range from these; null: entries see their own document's past and nothing else.
-    mix: kind of document -> its weight at the start and at the end, see `Corpus.batch`. groups: batches (each a cross-batch of its own) per step.
+    mix: kind of document -> its weight at the start and at the end, see `Corpus.batch`. groups: batches per step, each a
+    cross-batch of its own.
     cut, repeated: the shares of two hard kinds of pass key, see `Corpus.passkey`.
     """
 
