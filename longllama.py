@@ -220,7 +220,8 @@ def attend(
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int | None) -> Attended:
     """The formula, with the softmax in float32. first: causal, and the first query is the first-th token; None: not causal."""
-    scores = torch.cat([q @ piece.mT for piece in cast(k, q.dtype)], dim=-1).float() * scale  # (B, G, T, S)
+    # Keys times queries, since one query times keys is read a quarter slower on a CPU.
+    scores = torch.cat([piece @ q.mT for piece in cast(k, q.dtype)], dim=2).mT.contiguous().float() * scale  # (B, G, T, S)
     scores = scores if bias is None else scores + bias
     if first is not None:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
