@@ -10,6 +10,7 @@ import io
 import json
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -909,3 +910,17 @@ def test_memory_lowers_the_perplexity_of_tiny_on_a_book_it_never_saw(tiny):
     without = model(ids.view(40, 256))[0].view_as(with_memory)
     losses = [F.cross_entropy(x[0, 256:-1], ids[0, 257:]).item() for x in (with_memory, without)]
     assert losses[0] < losses[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- Benchmarks
+
+
+def test_the_benchmark_compares_implementations_that_agree_and_prints_a_table():
+    command = [sys.executable, HERE / "benchmarks" / "bench.py", "--shape", "tiny", "--prompt-tokens", "600"]
+    command += ["--decode", "2", "--repeats", "1", "--device", "cpu", "--compare", "naive,transformers"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 600 ")]
+    assert [row[1] for row in rows] == ["longllama", "naive", "transformers"]
+    assert all(float(cell.replace(",", "").rstrip("%|ms x")) >= 0 for row in rows for cell in row[3:])
+    assert "matmul peak" in done.stdout and "read bandwidth" in done.stdout

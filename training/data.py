@@ -125,7 +125,9 @@ class Corpus:
         marks.append(np.zeros(len(parts[-1]), bool))
         return np.concatenate(parts)[:n], np.concatenate(marks)[:n]
 
-    def document(self, rng: np.random.Generator, n: int, window: int, kind: str, **hard: float) -> tuple[np.ndarray, np.ndarray]:
+    def document(
+        self, rng: np.random.Generator, n: int, window: int, kind: str, **hard: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """n tokens of a kind of document, and which of them are digits of an answer."""
         if kind in KEYED:
             return self.passkey(rng, n, window, kind == "dense", **hard)
