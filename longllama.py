@@ -11,8 +11,8 @@ are no new weights, and a model trained on 8k tokens reads 256k and more.
 
 Five ideas carry it, each a short function or class below:
 
-  `Memory`                 Remembered keys have no position. RoPE was never trained to count to a million, so memory
-                           keeps keys unrotated, which is rotated at position 0, the start of the local context.
+  `Memory`                 Remembered keys lose their position. RoPE was never trained to count to a million, so memory
+                           keeps keys unrotated, which equals rotated at position 0, where the local context starts.
   `attend`, `merge`        One softmax over both sets. It is the softmaxes over each, weighted by their log-sum-exps:
                            exactly, so a memory of any length is attended to block by block.
   `split_into_windows`     A long prompt is read window by window. Each attends to the memory of all before it, and then
@@ -69,31 +69,35 @@ class LongLlamaConfig:
     max_position_embeddings: int = 2048  # "the window": as many tokens as the local context is meant for
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    last_context_length: int = 1024  # so many of the last tokens of a prompt stay local, the rest goes into memory
+    last_context_length: int = 1024  # this many tokens at the end of a prompt stay local, the rest goes into memory
     mem_layers: tuple[int, ...] = ()  # the layers that have a memory; none: plain LLaMA
     mem_positionals: bool = True  # False: memory layers rotate nothing
     mem_dtype: str = "bfloat16"  # what memory is stored as; it is computed with in the model's dtype
-    mem_attention_grouping: tuple[int, int] | None = None  # at most (heads, queries) attend to memory at once
+    mem_attention_grouping: tuple[int, int] | None = None  # (heads, queries): at most so many scores of memory at once
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
+        heads, grouping, counts = self.num_attention_heads, self.mem_attention_grouping, (int, int | None)
+        groups = heads if self.num_key_value_heads is None else self.num_key_value_heads
+        object.__setattr__(self, "num_key_value_heads", groups)
         object.__setattr__(self, "mem_layers", tuple(self.mem_layers))
-        ids, counts, layers = range(self.vocab_size), (int, int | None), range(self.num_hidden_layers)
-        heads, grouping = self.num_attention_heads, self.mem_attention_grouping
+        object.__setattr__(self, "mem_attention_grouping", grouping and tuple(grouping))
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if name.endswith("_token_id"):
-                require(type(value) is int and value in ids, f"{name} must be below vocab_size, not {value!r}")
+                require(type(value) is int and 0 <= value < self.vocab_size, f"{name} must be below vocab_size, not {value!r}")
             elif field.type in counts:
                 require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
+            elif field.type is bool:
+                require(type(value) is bool, f"{name} must be true or false, not {value!r}")
             elif field.type is float:
                 require(type(value) in (int, float) and value > 0, f"{name} must be above 0, not {value!r}")
         require(self.hidden_size % (2 * heads) == 0, f"hidden_size {self.hidden_size} is not {heads} heads of even size")
         require(heads % self.num_key_value_heads == 0, "num_key_value_heads must divide num_attention_heads")
+        layers = range(self.num_hidden_layers)
         known = all(type(i) is int and i in layers for i in self.mem_layers)
         require(known, f"mem_layers must be among layers 0 to {layers[-1]}, not {list(self.mem_layers)}")
         require(self.mem_dtype in MEM_DTYPES, f"mem_dtype must be one of {MEM_DTYPES}, not {self.mem_dtype!r}")
@@ -162,7 +166,7 @@ Rope = tuple[Tensor, Tensor]
 
 def rope_table(start: int, T: int, config: LongLlamaConfig, device: torch.device) -> Rope:
     """cos and sin of the angles at positions start to start + T - 1 (Su et al. 2021), float32: (T, D/2) each."""
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # (D/2,)
     angle = torch.arange(start, start + T, device=device).float().outer(frequency)  # (T, D/2)
     return angle.cos(), angle.sin()
 
@@ -186,13 +190,24 @@ FEW_ROWS = 16  # up to so many queries, reading the keys is the work; on a CPU t
 CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor's cache when they are used
 
 
+def store(x: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    """x (B, G, n, D) in new storage (B, G, capacity, D): contiguous, and D rounded up to a multiple of 8 with zeros.
+
+    Fused kernels want that multiple, and would copy all keys on every call to get it: the 3B model's heads have 100.
+    """
+    n, D = x.shape[2:]
+    stored = x.new_empty(*x.shape[:2], capacity, -(-D // 8) * 8, dtype=dtype)
+    stored[:, :, :n, :D], stored[..., D:] = x, 0
+    return stored
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = ROWS
 ) -> Attended:
     """Attention of q (B, H, T, D) over one set of keys k and values v (B, G, S, D). H is a multiple of G.
 
-    real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v
-    may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
+    real: (B, 1, S, 1), shaped like keys, False where one is padding; None: all real. causal: T = S, and query t sees keys 0
+    to t. k and v may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
     The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula, `rows` queries at once.
     """
     (B, H, T, D), (_, G, _, stored) = q.shape, k.shape
@@ -266,7 +281,7 @@ class Memory:
     """The unrotated keys and the values of everything before the local context, for one memory layer.
 
     They are kept in mem_dtype in blocks, (B, G, tokens, D) each, that are never changed, so that forks can share them. A new
-    block is joined to the one before it unless that is over four times as large, or both exceed BLOCK tokens: blocks grow
+    block is joined to the one before it unless that is over four times as large, or together they exceed BLOCK: blocks grow
     geometrically, there are few, and a token is moved some ten times on the way into a full one.
 
         after 5 windows   [. . . . .]       after 6   [. . . . .] [.]       after 7   [. . . . . . .]
@@ -283,7 +298,7 @@ class Memory:
         """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
         self.length += k.shape[2]
         k, v = (store(x, x.shape[2], self.dtype).split(self.BLOCK, dim=2) for x in (k, v))
-        self.blocks += zip(k, v)
+        self.blocks = [*self.blocks, *zip(k, v)]  # a new list, for forks share the old one
         while len(self.blocks) > 1:
             (k, v), (new_k, new_v) = self.blocks[-2:]
             if k.shape[2] > 4 * new_k.shape[2] or k.shape[2] + new_k.shape[2] > self.BLOCK:
@@ -297,23 +312,6 @@ class Memory:
         heads, queries = self.grouping or (q.shape[1], ROWS)
         rows = max(heads * queries // q.shape[1], 1)  # of all heads, so as to make no more scores at once
         return reduce(merge, (attend(q, *block, real, rows=rows) for block, real in zip(self.blocks, reals)))
-
-    def fork(self) -> "Memory":
-        twin = copy(self)
-        twin.blocks = list(self.blocks)
-        return twin
-
-
-def store(x: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
-    """x (B, G, n, D) in new storage (B, G, capacity, D): contiguous, and D rounded up to a multiple of 8 with zeros.
-
-    Fused kernels want that multiple, and would copy all keys on every call to get it: the 3B model's heads have 100.
-    """
-    n, D = x.shape[2:]
-    stored = x.new_empty(*x.shape[:2], capacity, -(-D // 8) * 8, dtype=dtype)
-    stored[:, :, :n, :D], stored[..., D:] = x, 0
-    return stored
-
 
 def attend_windows(
     q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, W: int, memory: Memory | None, real: Tensor | None
@@ -329,11 +327,11 @@ def attend_windows(
         return local[0]
     outs, local = [], [x.unflatten(0, (-1, W)) for x in local]
     q, v, unrotated = (x.unflatten(0, (-1, W)) for x in (q, v, unrotated))  # (B, W, H, T, D)
-    for i in range(W):
-        attended = local[0][:, i], local[1][:, i]
+    for w in range(W):
+        attended = local[0][:, w], local[1][:, w]
         if memory.length:
-            attended = merge(memory.attend(q[:, i], real), attended)
-        memory.append(unrotated[:, i], v[:, i])
+            attended = merge(memory.attend(q[:, w], real), attended)
+        memory.append(unrotated[:, w], v[:, w])
         outs.append(attended[0].to(q.dtype))
     return torch.stack(outs, dim=1).flatten(0, 1)
 
@@ -369,7 +367,7 @@ class LocalCache:
         old, start = self.filled(), self.length
         self.length += k.shape[2]
         if torch.is_grad_enabled():  # autograd forbids writing in place
-            self.tensors = [torch.cat(pair, dim=2) for pair in zip(old, new)] if old else new
+            self.tensors = [torch.cat((x[..., : y.shape[3]], y), dim=2) for x, y in zip(old, new)] if old else new
             return self.tensors[:2]
         if not old or self.length > self.tensors[0].shape[2]:
             self.tensors = [store(x, max(self.window, self.length + start), x.dtype) for x in (old or new)]
@@ -388,7 +386,7 @@ class LocalCache:
 
     def fork(self) -> "LocalCache":
         twin = copy(self)
-        twin.memory = self.memory and self.memory.fork()
+        twin.memory = copy(self.memory)  # which shares its blocks
         twin.tensors = self.filled()  # without room: the twin never writes where this one does
         return twin
 
@@ -403,12 +401,11 @@ class Cache:
         self.layers = [LocalCache(config, i in config.mem_layers) for i in range(config.num_hidden_layers)]
         self.local_length = 0  # tokens in the local context, and so the position of the next
         self.memory_length = 0  # tokens in memory
-        self.real: Tensor | None = None  # (B, 1, memory_length + local_length, 1), False where padded; None: nowhere
+        self.real: Tensor | None = None  # (B, 1, memory_length + local_length, 1), False where padded; None: no padding
 
     @property
     def memory_bytes(self) -> int:
-        blocks = [block for layer in self.layers if layer.memory for block in layer.memory.blocks]
-        return sum(x.nbytes for block in blocks for x in block)
+        return sum(x.nbytes for layer in self.layers if layer.memory for block in layer.memory.blocks for x in block)
 
     def note_padding(self, B: int, T: int, real: Tensor | None):
         """Notes which of T more tokens are `real`, (B, 1, T, 1), and not padding; None: all."""
@@ -450,12 +447,12 @@ def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, ex
     return torch.cat(outs)
 
 
-def cross_batch_extra(B: int, cross_batch_range: int, packing: int = 1, stepping: bool = True) -> list[int]:
+def cross_batch_extra(B: int, cross_batch_range: int, packing: int, stepping: bool = True) -> list[int]:
     """How many of the entries before it each of the B entries of a batch sees; at most cross_batch_range.
 
     Entries are packed: `packing` consecutive ones are consecutive chunks of one document. So the nearest extra contexts
     are the true past (positives), and those from before the document's start are unrelated (negatives). Stepping lets
-    one batch train several ranges, 0 included: the later an entry in its document, the more it sees.
+    one batch train several ranges, 0 included: the later an entry in its document, the more it sees, the last all of it.
     """
     step = -(-(cross_batch_range + 1) // max(packing - 1, 1))
     ranges = [min(b % packing * step, cross_batch_range) if stepping else cross_batch_range for b in range(B)]
@@ -523,16 +520,16 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- Windows
 
-AT_ONCE = 4096  # tokens of whole windows that are read as one batch
+AT_ONCE = 4096  # tokens of whole windows that are read as one batch, in each row
 
 
 def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, bool, int]]:
     """How T new tokens are read: the (start, stop, restart, windows) of each piece, in order.
 
-    All but the last `last` tokens, the prefix, are read in windows of max_position_embeddings. On a fresh cache every piece
+    The prefix, all but `last` tokens at the end, is read in windows of max_position_embeddings. On a fresh cache every piece
     is a local context of its own; later a piece joins the local context as long as both fit one window together. Without
     memory layers there is one piece. restart: what is local moves into memory before this piece. windows: n > 0, the piece is
-    n windows that move into memory as soon as they are read; 0: it stays local.
+    n windows, which start a local context and are followed by a restart, and so move into memory as they are read; 0: it stays.
     """
     if not config.mem_layers:
         return [(0, T, False, 0)]
@@ -636,6 +633,7 @@ class LongLlama(nn.Module):
         length = cache.local_length + T
         require(T > 0, "input_ids must hold at least one token; an empty text starts from the bos token")
         require(is_count(last), f"last_context_length must be at least 1, not {last!r}")
+        require(logits_to_keep >= 0, f"logits_to_keep must be at least 0, not {logits_to_keep}")
         if length > window and not self.config.mem_layers:
             raise ValueError(f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
         real = None
@@ -659,7 +657,7 @@ class LongLlama(nn.Module):
         """W windows of T tokens, (B, W * T) -> hidden states (B, W * T, C); and into memory with them.
 
         Layers without memory read all windows as one batch. Where nobody wants a token's logits, it matters only through what
-        memory layers remember of it: with only_remember, all behind the last one's keys and values is left out.
+        memory layers remember of it: with only_remember, everything after the last one's keys and values is left out.
         """
         x = self.embed_tokens(input_ids.unflatten(1, (W, -1)).flatten(0, 1))  # (B * W, T, C)
         rope = rope_table(0, x.shape[1], self.config, x.device)
@@ -689,8 +687,7 @@ class LongLlama(nn.Module):
         rope = rope_table(0, input_ids.shape[1], self.config, input_ids.device)
         x = self.embed_tokens(input_ids)
         for i, layer in enumerate(self.layers):
-            seen = extra if i in self.config.mem_layers else [0] * len(extra)
-            x = layer(x, rope, partial(cross_batch_attention, extra=seen))
+            x = layer(x, rope, partial(cross_batch_attention, extra=extra if i in self.config.mem_layers else []))
         return self.logits(x)
 
     @torch.no_grad()
@@ -705,12 +702,14 @@ class LongLlama(nn.Module):
         probability p. Ends when all rows had eos_token_id (-1: the config's; None: never); a row that had it gets
         pad_token_id. Reads after the cache and writes into it all but the ids yielded last: to go on, begin with those.
         """
-        cache = Cache(self.config) if cache is None else cache
+        require(temperature >= 0, f"temperature must be at least 0, not {temperature}")
+        require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
+        require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
         eos = self.config.eos_token_id if eos_token_id == -1 else eos_token_id
         rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
-            logits, _ = self(input_ids, cache, attention_mask, last_context_length, logits_to_keep=1)
+            logits, cache = self(input_ids, cache, attention_mask, last_context_length, logits_to_keep=1)
             ids = sample(logits[:, -1].float(), temperature, top_k, top_p, rng).masked_fill(ended, self.config.pad_token_id)
             yield ids
             ended |= ids == eos if eos is not None else False
@@ -747,6 +746,7 @@ class LongLlama(nn.Module):
 
     def save_pretrained(self, folder: str | Path):
         """Writes config.json and model.safetensors, in the parameters' dtype."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.clone() for name, tensor in self.hf_tensors().items()}
         unfinished = Path(folder) / "model.safetensors.part"
         save_file(tensors, unfinished, metadata={"format": "pt"})

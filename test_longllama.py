@@ -311,6 +311,29 @@ def test_overflow_moves_the_whole_local_context_into_memory():
     assert lengths == [(8, 2), (14, 2), (15, 2), (16, 2), (15, 18), (8, 65)]
 
 
+def test_settings_out_of_range_are_refused_by_name():
+    model, ids = small_model(), torch.ones(1, 4, dtype=torch.long)
+    for setting in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.7}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            next(model.generate(ids, 1, **setting))
+    for setting in ({"logits_to_keep": -1}, {"last_context_length": 0}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            model(ids, **setting)
+
+
+@torch.no_grad()
+def test_heads_that_are_stored_padded_give_the_same_logits_with_gradients_and_without():
+    model, ids = small_model(hidden_size=48), torch.randint(61, (2, 60))  # heads of 12 numbers, stored as 16
+    _, cache = model(ids[:, :45])
+    with torch.enable_grad():
+        logits = torch.cat([model(part, cache)[0] for part in ids[:, 45:].split([5, 10], dim=1)], dim=1)
+    assert cache.layers[1].memory.blocks[0][0].shape[3] == 16
+    with torch.enable_grad():
+        whole = model(ids, last_context_length=8)[0]
+    assert (logits - read(model, ids, [45, 5, 10])[:, 45:]).abs().max() < 1e-5
+    assert (whole - model(ids, last_context_length=8)[0]).abs().max() < 1e-5
+
+
 class CopiedByCat(TorchDispatchMode):
     numel = 0
 
