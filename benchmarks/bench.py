@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py --shape mid --prompt-tokens 2k,16k --compare naive,sdpa,transformers
     python benchmarks/bench.py --shape mid --prompt-tokens 16k --mem-dtype float32,bfloat16 --compare ""
-    python benchmarks/bench.py --shape 3b --device cuda --prompt-tokens 16k,64k --compare naive,sdpa,transformers
+    python benchmarks/bench.py --shape 3b --device cuda --prompt-tokens 2k,16k,256k,1M --compare naive,sdpa,transformers
 
 naive         the same model written plainly: one matrix of all scores, keys and values concatenated at every step
 sdpa          naive, but with scaled_dot_product_attention and a mask over the concatenated keys
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.passkey import parse_lengths
 from generate import DTYPES, TINY, number, pick_device, process_peak
 from longllama import MEM_DTYPES, Cache, LongLlama, LongLlamaConfig
 
@@ -284,16 +285,11 @@ def row(args: argparse.Namespace, model: LongLlama, T: int, name: str, runs: lis
     return cells + [f"{n / 2**20:,.1f}" for n in (weights + growth, weights, growth, memory, growth - memory)]
 
 
-def tokens(text: str) -> list[int]:
-    count = number(int, 1)
-    return [count(item.removesuffix("k")) * (1024 if item.endswith("k") else 1) for item in text.split(",")]
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="mid")
-    add("--prompt-tokens", type=tokens, default="2k,16k", metavar="1k,16k,...")
+    add("--prompt-tokens", type=parse_lengths, default="2k,16k", metavar="1k,16k,1M")
     add("--decode", type=number(int, 1), default=64, metavar="N", help="tokens to decode after each prompt")
     add("--batch", type=number(int, 1), default=1, metavar="N", help="prompts at once")
     add("--repeats", type=number(int, 1), default=3, metavar="N")

@@ -148,11 +148,13 @@ def short(n: int) -> str:
 
 
 def parse_lengths(text: str) -> list[int]:
-    units = {"k": 1 << 10, "M": 1 << 20}
-    try:
-        return [int(part[:-1]) * units[part[-1]] if part[-1] in units else int(part) for part in text.split(",")]
-    except (ValueError, IndexError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths such as 512,16k,1M") from None
+    units, lengths = {"k": 1 << 10, "M": 1 << 20}, []
+    for part in text.split(","):
+        digits, unit = (part[:-1], units[part[-1]]) if part[-1:] in units else (part, 1)
+        if not digits.isdecimal() or int(digits) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths such as 512,16k,1M")
+        lengths.append(int(digits) * unit)
+    return lengths
 
 
 def main():
