@@ -81,23 +81,34 @@ class Corpus:
         return np.concatenate(parts)[:n]
 
     def passkey(
-        self, rng: np.random.Generator, n: int, window: int, dense: bool, cut: float = 0.0, repeated: float = 0.0
+        self,
+        rng: np.random.Generator,
+        n: int,
+        window: int,
+        dense: bool,
+        cut: float = 0.0,
+        repeated: float = 0.0,
+        single: float = 0.0,
     ) -> tuple[np.ndarray, np.ndarray]:
         """n tokens with a pass key stated once and asked for later; and which of them are digits of an answer.
 
         dense: asked for again and again, a few words of filler between, so that a document has many answers to learn
         from. Otherwise: stated in the first window, and asked for once in each of the others.
 
-        The two hard cases can be made more frequent. cut: in this share of documents that are not dense the statement
+        The hard cases can be made more frequent. cut: in this share of documents that are not dense the statement
         lies across the border of the first two windows, so that what is behind it was read without what stands before it.
         repeated: this share of keys has at most three different digits, so that a digit does not tell which comes next.
+        single: this share of statements names the key once, and not twice, which is what a cut leaves of one.
         """
         digits = rng.integers(0, 10, 5)
         if repeated and rng.random() < repeated:
             digits = rng.choice(digits[:3], 5)
         key = "".join(map(str, digits))
         style = str(rng.choice(STYLES))
-        statement = np.array(self.tokenizer.encode(KEY.format(key=key), bos=False))
+        stated = KEY.format(key=key)
+        if single and rng.random() < single:
+            stated = str(rng.choice(stated.split(" Remember it. ")))
+        statement = np.array(self.tokenizer.encode(stated, bos=False))
         answer = np.array(self.tokenizer.encode(key, bos=False))
         asked = np.concatenate((self.question, answer, self.full_stop))
         start = [self.boundary[1:], self.intro if rng.random() < 0.5 else self.intro[:0]]
@@ -142,7 +153,7 @@ class Corpus:
         mix: how often each kind of document comes, relative to the others. extra: how many entries before it each entry
         sees. A question has one answer only if no other document's key is seen, so where entries see others, documents with
         a key stand behind enough documents without: the contrast is between a key and everything else.
-        hard: `cut` and `repeated` of `passkey`.
+        hard: `cut`, `repeated` and `single` of `passkey`.
         """
         rng = np.random.default_rng(seed)
         packing = len(extra) // documents

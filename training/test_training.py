@@ -90,10 +90,10 @@ def whole(recipe, folder, tmp_path_factory):
 
 def test_interrupted_and_resumed_is_the_same_as_uninterrupted(whole, recipe, folder, tmp_path):
     for stop in ("3", "6"):
-        done, nothing = train(
+        done, so_far = train(
             recipe, folder, tmp_path / "parts", "--stop-after", stop, *(["--resume"] if stop != "3" else [])
         )
-        assert done.returncode == 0 and nothing is None
+        assert done.returncode == 0 and so_far is not None
     _, parts = train(recipe, folder, tmp_path / "parts", "--resume")
     assert losses(tmp_path / "parts") == losses(whole)
     assert all(torch.equal(x, parts[name]) for name, x in load_file(whole / "model.safetensors").items())

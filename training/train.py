@@ -44,7 +44,7 @@ class Phase:
     ranges: each step draws its cross-batch range from these; null: entries see their own document's past and nothing else.
     mix: kind of document -> its weight at the start and at the end, see `Corpus.batch`. groups: batches per step, each a
     cross-batch of its own.
-    cut, repeated: the shares of two hard kinds of pass key, see `Corpus.passkey`.
+    cut, repeated, single: the shares of hard kinds of pass key, see `Corpus.passkey`.
     """
 
     steps: int
@@ -57,6 +57,7 @@ class Phase:
     groups: int = 1
     cut: float = 0.0
     repeated: float = 0.0
+    single: float = 0.0
 
     @property
     def step_tokens(self) -> int:
@@ -171,7 +172,8 @@ class Trainer:
         total = torch.zeros(2, device=self.device)
         for group in range(self.rank, phase.groups, self.world):
             seed = (self.recipe.seed, self.step, group)
-            mix, hard = phase.mix_at(step / phase.steps), {"cut": phase.cut, "repeated": phase.repeated}
+            mix = phase.mix_at(step / phase.steps)
+            hard = {"cut": phase.cut, "repeated": phase.repeated, "single": phase.single}
             batch = self.corpus.batch(seed, phase.documents, phase.window, mix, extra_contexts(phase, seed), **hard)
             extra = extra_contexts(phase, seed, self.args.contrast)
             loss, answer_loss = losses(self.model, batch, extra, self.device)
@@ -204,8 +206,7 @@ class Trainer:
                 )
             if self.step % CHECKPOINT == 0 or self.step == stop:
                 self.save_checkpoint()
-        if self.step == self.recipe.steps:
-            self.export()
+        self.export()
 
     # Checkpoints hold whole tensors, not shards, so one written by 8 processes resumes on 1.
 
@@ -262,7 +263,9 @@ def main():
     parser.add_argument("--tokenizer", type=Path, default=here.parent / "tiny" / "tokenizer.model")
     parser.add_argument("--init", type=Path, help="start from the weights in this folder instead of random ones")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
-    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop at this step, with a checkpoint")
+    parser.add_argument(
+        "--stop-after", type=int, metavar="STEP", help="stop at this step: with a checkpoint, and the model so far"
+    )
     parser.add_argument("--contrast", choices=["full", "positives", "none"], default="full",
                         help="for ablations: which contexts besides its own an entry sees")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
