@@ -44,7 +44,7 @@ def recipe(tmp_path_factory):
     raw = json.loads((HERE / "tiny.json").read_text())
     raw["model"] |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "mem_layers": [1]}
     mix = {"text": [0.4, 0.6], "dense": [0.3, 0.2], "passkey": [0.3, 0.2]}
-    phase = {"learning_rate": 1e-2, "window": 64, "documents": 2, "packing": 4, "mix": mix, "groups": 2}
+    phase = {"learning_rate": 3e-2, "window": 64, "documents": 2, "packing": 4, "mix": mix, "groups": 2}
     raw["phases"] = [phase | {"steps": 4, "ranges": None}, phase | {"steps": 5, "ranges": [3, 7]}]
     path = tmp_path_factory.mktemp("recipe") / "recipe.json"
     path.write_text(json.dumps(raw))
@@ -105,7 +105,7 @@ def test_two_processes_train_as_one(whole, recipe, folder, tmp_path):
     one, two = losses(whole), losses(tmp_path / "two")
     assert len(one) == 9
     assert np.allclose([x["loss"] for x in one], [x["loss"] for x in two], atol=2e-3)
-    assert one[-1]["loss"] < one[0]["loss"]
+    assert min(x["loss"] for x in one) < one[0]["loss"] - 0.1  # batches differ: the last is not the easiest
 
 
 def test_a_checkpoint_of_two_processes_resumes_on_one(recipe, folder, tmp_path):

@@ -207,6 +207,8 @@ class Trainer:
             if self.step % CHECKPOINT == 0 or self.step == stop:
                 self.save_checkpoint()
         self.export()
+        if self.world > 1:
+            dist.barrier()  # no process leaves while another still needs it
 
     # Checkpoints hold whole tensors, not shards, so one written by 8 processes resumes on 1.
 
