@@ -241,7 +241,7 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
     if first is not None:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
         scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
-    top = scores.amax(dim=-1, keepdim=True)
+    top = scores.amax(dim=-1, keepdim=True)  # softmax and log-sum-exp from one pass of exponentials
     weights = (scores - top).exp()
     total = weights.sum(dim=-1, keepdim=True)  # (B, G, T, 1)
     weights, out, start = (weights / total).to(q.dtype), 0, 0
@@ -273,8 +273,8 @@ def merge(a: Attended, b: Attended) -> Attended:
 
 # -------------------------------------------------------------------------------------------- What a layer attends to
 #
-# Memory, windows, local cache, and cross-batch. The functions called attend_... are given a layer's new queries, keys and
-# values, the keys unrotated too, and return what the queries got, (B, H, T, D).
+# `attend_windows`, `LocalCache.attend` and `cross_batch_attention` are each given a layer's new queries, keys, values and
+# unrotated keys, and return what the queries got, (B, H, T, D). `Memory` is what the first two share.
 
 
 class Memory:
@@ -325,8 +325,8 @@ def attend_windows(
     local = attend(q, k, v, own, causal=True)
     if memory is None:
         return local[0]
-    outs, local = [], [x.unflatten(0, (-1, W)) for x in local]
-    q, v, unrotated = (x.unflatten(0, (-1, W)) for x in (q, v, unrotated))  # (B, W, H, T, D)
+    outs, local = [], [x.unflatten(0, (-1, W)) for x in local]  # (B, W, H, T, D) and (B, W, H, T)
+    q, v, unrotated = (x.unflatten(0, (-1, W)) for x in (q, v, unrotated))  # (B, W, H or G, T, D)
     for w in range(W):
         attended = local[0][:, w], local[1][:, w]
         if memory.length:
