@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
-MEM_DTYPES = ("float32", "bfloat16", "float16")
+MEM_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 
 def require(condition: bool, message: str):
@@ -74,6 +74,9 @@ class LongLlamaConfig:
     mem_positionals: bool = True  # False: memory layers rotate nothing
     mem_dtype: str = "bfloat16"  # what memory is stored as; it is computed with in the model's dtype
     mem_attention_grouping: tuple[int, int] | None = None  # (heads, queries): at most so many scores of memory at once
+    mem_topk: int | None = None  # a query attends to so many remembered tokens, those with the best keys; None: to all
+    mem_device: str | None = None  # "cpu": memory is kept in main memory, and copied to a GPU in pieces, as it is used
+    keep_local: int = 0  # when the window is full, so many newest tokens stay local
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -89,7 +92,7 @@ class LongLlamaConfig:
             name, value = field.name, getattr(self, field.name)
             if name.endswith("_token_id"):
                 require(type(value) is int and 0 <= value < self.vocab_size, f"{name} must be below vocab_size, not {value!r}")
-            elif field.type in counts:
+            elif field.type in counts and name != "keep_local" and not (name == "mem_topk" and value is None):
                 require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
             elif field.type is bool:
                 require(type(value) is bool, f"{name} must be true or false, not {value!r}")
@@ -103,10 +106,16 @@ class LongLlamaConfig:
         require(self.mem_dtype in MEM_DTYPES, f"mem_dtype must be one of {MEM_DTYPES}, not {self.mem_dtype!r}")
         fits = grouping is None or (len(grouping) == 2 and all(map(is_count, grouping)))
         require(fits, f"mem_attention_grouping must be null or [heads, queries] of at least 1, not {grouping!r}")
+        require(self.mem_device in (None, "cpu"), f'mem_device must be null or "cpu", not {self.mem_device!r}')
+        fits = type(self.keep_local) is int and 0 <= self.keep_local < self.max_position_embeddings
+        require(fits, f"keep_local must be at least 0 and less than the window, not {self.keep_local!r}")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def rotates(self, layer: int) -> bool:
+        return self.mem_positionals or layer not in self.mem_layers
 
     @classmethod
     def from_json(cls, path: str | Path, **overrides) -> "LongLlamaConfig":
@@ -190,16 +199,22 @@ Attended = tuple[Tensor, Tensor]
 ROWS = 256  # of the score matrix that the plain formula holds at once
 FEW_ROWS = 16  # up to so many queries, reading the keys is the work; on a CPU the plain formula reads them fastest
 CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor's cache when they are used
+GATHERED = 1 << 24  # numbers of the best values that are gathered at once
 
 
-def store(x: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
-    """x (B, G, n, D) in new storage (B, G, capacity, D): contiguous, and D rounded up to a multiple of 8 with zeros.
+def store(parts: list[Tensor], capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The parts, (B, G, n, D) each, in a row in new storage (B, G, capacity, D): contiguous, D made a multiple of 8 by zeros.
 
-    Fused kernels want that multiple, and would copy all keys on every call to get it: the 3B model's heads have 100.
+    Fused kernels want that multiple, and would copy all keys on every call to get it: the 3B model's heads have 100. What is
+    kept in main memory for a GPU is pinned, so that it can be copied there while the GPU computes.
     """
-    n, D = x.shape[2:]
-    stored = x.new_empty(*x.shape[:2], capacity, -(-D // 8) * 8, dtype=dtype)
-    stored[:, :, :n, :D], stored[..., D:] = x, 0
+    B, G, _, D = parts[0].shape
+    size, pinned = (B, G, capacity, -(-D // 8) * 8), parts[0].is_cuda and device.type == "cpu"
+    stored, start = torch.empty(size, dtype=dtype, device=device, pin_memory=pinned), 0
+    for x in parts:
+        stored[:, :, start : start + x.shape[2], :D] = x
+        start += x.shape[2]
+    stored[..., D:] = 0
     return stored
 
 
@@ -212,14 +227,10 @@ def attend(
     to t. k and v may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
     The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula, `rows` queries at once.
     """
-    (B, H, T, D), (_, G, _, stored) = q.shape, k.shape
-    q = F.pad(q, (0, stored - D)) if stored > D else q
+    (B, H, T, D), G = q.shape, k.shape[1]
     if H != G and causal:
         k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
-    elif H != G:  # queries in any order: those that share a key head stand side by side, and no key is copied
-        q = q.reshape(B, G, H // G * T, stored)
-    # Padding scores the least finite number, not -inf: a query that sees only padding gets something, and never NaN.
-    bias = None if real is None else (~real.mT).to(q.dtype) * torch.finfo(q.dtype).min  # (B, 1, 1, S)
+    q, bias = fold(q, k), hide(real, q.dtype)
 
     fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
     if fused and q.device.type == "cpu" and q.shape[2] > FEW_ROWS:
@@ -235,11 +246,28 @@ def attend(
     return out[..., :D].reshape(B, H, T, D), lse.reshape(B, H, T)
 
 
+def fold(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, T, D) -> (B, G, H / G * T, D of k): queries that share a key head stand side by side, and no key is copied."""
+    q = F.pad(q, (0, k.shape[3] - q.shape[3])) if k.shape[3] > q.shape[3] else q
+    return q.reshape(len(q), k.shape[1], -1, k.shape[3])
+
+
+def hide(real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What to add to scores, (B, 1, 1, S). Padding gets the least finite number, not -inf: a query that sees only padding gets
+    something, and never NaN."""
+    return None if real is None else (~real.mT).to(dtype) * torch.finfo(dtype).min
+
+
+def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """q (B, G, T, D), k (B, G, S, D) -> float32 (B, G, T, S)."""
+    # Keys times queries, since one query times keys is read a quarter slower on a CPU.
+    scores = torch.cat([piece @ q.mT for piece in cast(k, q.dtype)], dim=2).mT.contiguous().float() * scale
+    return scores if bias is None else scores + bias
+
+
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int | None) -> Attended:
     """The formula, with the softmax in float32. first: causal, and the first query is the first-th token; None: not causal."""
-    # Keys times queries, since one query times keys is read a quarter slower on a CPU.
-    scores = torch.cat([piece @ q.mT for piece in cast(k, q.dtype)], dim=2).mT.contiguous().float() * scale  # (B, G, T, S)
-    scores = scores if bias is None else scores + bias
+    scores = score(q, k, bias, scale)
     if first is not None:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
         scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
@@ -251,6 +279,24 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
         out = out + weights[..., start : start + piece.shape[2]] @ piece
         start += piece.shape[2]
     return out, (top + total.log()).squeeze(-1)
+
+
+def attend_topk(q: Tensor, sets: Iterator[tuple[Tensor, Tensor, Tensor | None]], K: int) -> Attended:
+    """kNN attention (paper, section 3.1): a query of q (B, H, T, D) attends to the K best keys of all sets, by exact search.
+
+    sets: (k, v, real), as in `attend`. The best of each set compete with the best of those before it.
+    """
+    best, values, D = None, None, q.shape[3]
+    for k, v, real in sets:
+        new, at = score(fold(q, k), k, hide(real, q.dtype), D**-0.5).topk(min(K, k.shape[2]))  # (B, G, H / G * T, K)
+        b, g = (torch.arange(n, device=q.device) for n in k.shape[:2])
+        found = v[b[:, None, None, None], g[:, None, None], at].to(q.dtype)  # (B, G, H / G * T, K, D)
+        if best is not None:
+            new, at = torch.cat((best, new), dim=-1).topk(min(K, best.shape[-1] + new.shape[-1]))
+            found = torch.cat((values, found), dim=3).take_along_dim(at.unsqueeze(-1), dim=3)
+        best, values = new, found
+    out = (best.softmax(dim=-1).to(q.dtype).unsqueeze(-2) @ values)[..., :D]
+    return out.reshape(q.shape), best.logsumexp(dim=-1).reshape(q.shape[:3])
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -279,6 +325,19 @@ def merge(a: Attended, b: Attended) -> Attended:
 # unrotated keys, and return what the queries got, (B, H, T, D). `Memory` is what the first two share.
 
 
+FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+def float8_scale(x: Tensor) -> Tensor:
+    """What to divide keys or values x (B, G, n, D) by so as to store them as float8: (B, G, 1, 1), for each head.
+
+    float8_e4m3fn keeps four binary digits of numbers from 2**-6 to 448. The scale, a power of two, so that it rounds nothing,
+    puts the largest number of x at 16 to 32; what comes later may be 14 times as large.
+    """
+    largest = x.detach().float().abs().amax(dim=(2, 3), keepdim=True)
+    return (largest.clamp_min(1e-6) / 32).log2().ceil().exp2()
+
+
 class Memory:
     """The unrotated keys and the values of everything before the local context, for one memory layer.
 
@@ -292,28 +351,81 @@ class Memory:
     BLOCK = 16384  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
 
     def __init__(self, config: LongLlamaConfig):
-        self.dtype, self.grouping = getattr(torch, config.mem_dtype), config.mem_attention_grouping
+        self.dtype, self.grouping, self.topk = getattr(torch, config.mem_dtype), config.mem_attention_grouping, config.mem_topk
+        self.device = config.mem_device and torch.device(config.mem_device)
         self.blocks: list[tuple[Tensor, Tensor]] = []  # keys, values
+        self.scales: list[Tensor] = []  # float8 only: what keys and values were divided by, (B, G, 1, 1) each
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor):
         """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
+        device = self.device or k.device
         self.length += k.shape[2]
-        k, v = (store(x, x.shape[2], self.dtype).split(self.BLOCK, dim=2) for x in (k, v))
-        self.blocks = [*self.blocks, *zip(k, v)]  # a new list, for forks share the old one
-        while len(self.blocks) > 1:
-            (k, v), (new_k, new_v) = self.blocks[-2:]
-            if k.shape[2] > 4 * new_k.shape[2] or k.shape[2] + new_k.shape[2] > self.BLOCK:
-                break
-            self.blocks[-2:] = [(torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2))]
+        if self.dtype == torch.float8_e4m3fn:
+            self.scales = self.scales or [float8_scale(k), float8_scale(v)]
+            k, v = (x / scale for x, scale in zip((k, v), self.scales))
+            k, v = (x.clamp(-FLOAT8_MAX, FLOAT8_MAX) for x in (k, v))
+        self.blocks = list(self.blocks)  # forks share the old list
+        for block in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
+            self.blocks.append(tuple(store([x], x.shape[2], self.dtype, device) for x in block))
+            while len(self.blocks) > 1:
+                (k, v), (new_k, new_v) = self.blocks[-2:]
+                tokens = k.shape[2] + new_k.shape[2]
+                if k.shape[2] > 4 * new_k.shape[2] or tokens > self.BLOCK:
+                    break
+                self.blocks[-2:] = [tuple(store(list(x), tokens, self.dtype, device) for x in ((k, new_k), (v, new_v)))]
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
+        B, H, _, D = q.shape
+        heads, queries = self.grouping or (H, ROWS)
+        rows = max(heads * queries // H, 1)  # of all heads, so as to make no more scores at once
+        scales = [x.repeat_interleave(H // x.shape[1], dim=1).to(q.dtype) for x in self.scales]  # (B, H, 1, 1) each
+        q = q * scales[0] if scales else q
+        if self.topk is None:
+            out, lse = reduce(merge, (attend(q, *block, rows=rows) for block in self.on(q.device, real)))
+        else:
+            rows = max(min(rows, GATHERED // (B * H * self.topk * D)), 1)
+            parts = [attend_topk(part, self.on(q.device, real), self.topk) for part in q.split(rows, dim=2)]
+            out, lse = (torch.cat(x, dim=2) for x in zip(*parts))
+        return (out * scales[1] if scales else out), lse
+
+    def on(self, device: torch.device, real: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The blocks on a device, with their part of `real`."""
         sizes = [k.shape[2] for k, _ in self.blocks]
         reals = [None] * len(sizes) if real is None else real[:, :, : self.length].split(sizes, dim=2)
-        heads, queries = self.grouping or (q.shape[1], ROWS)
-        rows = max(heads * queries // q.shape[1], 1)  # of all heads, so as to make no more scores at once
-        return reduce(merge, (attend(q, *block, real, rows=rows) for block, real in zip(self.blocks, reals)))
+        yield from ((*block, real) for block, real in zip(stream(self.blocks, device), reals))
+
+
+def stream(blocks: list[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The blocks on a device, one by one; each is good until the next one is asked for.
+
+    From main memory to a GPU the next block is copied while this one is computed with, between two buffers.
+    """
+    if device.type != "cuda" or blocks[0][0].device == device:
+        yield from ((k.to(device), v.to(device)) for k, v in blocks)
+        return
+    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    largest = max(k.numel() for k, _ in blocks)
+    buffers = [blocks[0][0].new_empty(2, largest, device=device) for _ in range(2)]
+    copied, used = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+    copying.wait_stream(computing)  # which may still compute with what was in the buffers' place
+
+    def copy_block(i: int) -> tuple[Tensor, ...]:
+        with torch.cuda.stream(copying):
+            copying.wait_event(used[i % 2])
+            parts = zip(buffers[i % 2], blocks[i])
+            block = tuple(room[: x.numel()].view(x.shape).copy_(x, non_blocking=True) for room, x in parts)
+            copied[i % 2].record()
+        return block
+
+    block = copy_block(0)
+    for i in range(len(blocks)):
+        following = copy_block(i + 1) if i + 1 < len(blocks) else None
+        computing.wait_event(copied[i % 2])
+        yield block
+        used[i % 2].record()
+        block = following
 
 
 def attend_windows(
@@ -345,9 +457,9 @@ class LocalCache:
     The tensors, (B, G, capacity, D), hold `length` tokens, and have room for more, to be written in place.
     """
 
-    def __init__(self, config: LongLlamaConfig, has_memory: bool):
-        self.memory = Memory(config) if has_memory else None
-        self.window, self.tensors, self.length = config.max_position_embeddings, [], 0
+    def __init__(self, config: LongLlamaConfig, memory: Memory | None, rotates: bool):
+        self.config, self.memory, self.rotates = config, memory, rotates
+        self.tensors, self.length = [], 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: Tensor | None) -> Tensor:
         """T new tokens join the local context. They attend with one softmax to it and, in a memory layer, to all of memory
@@ -373,7 +485,8 @@ class LocalCache:
             self.tensors = [torch.cat((x[..., : y.shape[3]], y), dim=2) for x, y in zip(old, new)] if old else new
             return self.tensors[:2]
         if not old or self.length > self.tensors[0].shape[2]:
-            self.tensors = [store(x, max(self.window, self.length + start), x.dtype) for x in (old or new)]
+            capacity = max(self.config.max_position_embeddings, self.length + start)
+            self.tensors = [store([x], capacity, x.dtype, x.device) for x in (old or new)]
         for tensor, x in zip(self.tensors, new):
             tensor[:, :, start : self.length, : x.shape[3]] = x
         return self.filled()[:2]
@@ -381,11 +494,17 @@ class LocalCache:
     def filled(self) -> list[Tensor]:
         return [x[:, :, : self.length] for x in self.tensors]
 
-    def restart(self):
-        if self.memory is not None and self.length:
-            _, v, unrotated = self.filled()
-            self.memory.append(unrotated, v)
+    def restart(self, keep: int):
+        """All but the newest `keep` tokens move into memory, or are forgotten; those stay, at positions from 0 on."""
+        moved, (k, v, *unrotated) = self.length - keep, self.filled()
+        if self.memory is not None:
+            self.memory.append(*(x[:, :, :moved, : self.config.head_dim] for x in (*unrotated, v)))
+        if self.rotates:
+            back = rope_table(-moved, 1, self.config, k.device)
+            k = rotate(k[..., : self.config.head_dim], back)
         self.tensors, self.length = [], 0
+        if keep:
+            self.append(*(x[:, :, moved:, : self.config.head_dim] for x in (k, v, *(unrotated or [k]))))
 
     def fork(self) -> "LocalCache":
         twin = copy(self)
@@ -400,8 +519,10 @@ class Cache:
     A model writes into the cache that it is given. To go on from one point more than once, go on from forks.
     """
 
-    def __init__(self, config: LongLlamaConfig):
-        self.layers = [LocalCache(config, i in config.mem_layers) for i in range(config.num_hidden_layers)]
+    def __init__(self, config: LongLlamaConfig, new_memory: Callable[[LongLlamaConfig], Memory] = Memory):
+        """new_memory: makes the memory of a layer, a `Memory` or something like it."""
+        memories = [new_memory(config) if i in config.mem_layers else None for i in range(config.num_hidden_layers)]
+        self.layers = [LocalCache(config, memory, config.rotates(i)) for i, memory in enumerate(memories)]
         self.local_length = 0  # tokens in the local context, and so the position of the next
         self.memory_length = 0  # tokens in memory
         self.real: Tensor | None = None  # (B, 1, memory_length + local_length, 1), False where padded; None: no padding
@@ -418,12 +539,15 @@ class Cache:
             new = self.real.new_ones(B, 1, T, 1) if real is None else real
             self.real = torch.cat((self.real, new), dim=2)
 
-    def restart(self):
-        """The local context ends, and the next starts at position 0: memory layers remember it whole, others forget it."""
-        for layer in self.layers:
-            layer.restart()
-        self.memory_length += self.local_length
-        self.local_length = 0
+    def restart(self, keep: int = 0):
+        """The local context ends, and the next starts at position 0: of all but the newest `keep` tokens, which stay local,
+        memory layers remember keys and values, and the other layers nothing."""
+        moved = self.local_length - keep
+        if moved > 0:
+            for layer in self.layers:
+                layer.restart(keep)
+            self.memory_length += moved
+            self.local_length = keep
 
     def fork(self) -> "Cache":
         """A cache that goes on by itself from here. What is remembered is shared, not copied; the futures are separate."""
@@ -468,10 +592,9 @@ AttendTo = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # queries, keys, 
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LongLlamaConfig, has_memory: bool):
+    def __init__(self, config: LongLlamaConfig, rotates: bool):
         super().__init__()
-        self.H, self.G, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.rotates = config.mem_positionals or not has_memory
+        self.H, self.G, self.D, self.rotates = config.num_attention_heads, config.num_key_value_heads, config.head_dim, rotates
         self.qkv_proj = Linear(config.hidden_size, (self.H + 2 * self.G) * self.D, bias=False)
         self.o_proj = Linear(self.H * self.D, config.hidden_size, bias=False)
 
@@ -509,10 +632,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LongLlamaConfig, has_memory: bool):
+    def __init__(self, config: LongLlamaConfig, rotates: bool):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, has_memory)
+        self.self_attn = Attention(config, rotates)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -526,29 +649,32 @@ class Block(nn.Module):
 AT_ONCE = 4096  # tokens of whole windows that are read as one batch, in each row
 
 
-def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, bool, int]]:
-    """How T new tokens are read: the (start, stop, restart, windows) of each piece, in order.
+def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, int, int]]:
+    """How T new tokens are read: the (start, stop, keep, windows) of each piece, in order.
 
     The prefix, all but `last` tokens at the end, is read in windows of max_position_embeddings. On a fresh cache every piece
-    is a local context of its own; later a piece joins the local context as long as both fit one window together. Without
-    memory layers there is one piece. restart: what is local moves into memory before this piece. windows: n > 0, the piece is
-    n windows, which start a local context and are followed by a restart, and so move into memory as they are read; 0: it stays.
+    is a local context of its own; later a piece joins the local context as long as both fit one window together, and if not,
+    its newest keep_local tokens. Without memory layers there is one piece. keep: so many tokens of the local context stay
+    local before this piece, and the others move into memory. windows: n > 0, the piece is n windows of which nothing stays
+    local, before or after, and so they move into memory as they are read; 0: it becomes, or joins, the local context.
     """
     if not config.mem_layers:
-        return [(0, T, False, 0)]
+        return [(0, T, cache.local_length, 0)]
     window, fresh = config.max_position_embeddings, cache.local_length + cache.memory_length == 0
-    prefix, local, restarts, pieces = max(T - last, 0), cache.local_length, [], []
+    prefix, local, keeps, pieces = max(T - last, 0), cache.local_length, [], []
     starts = [*range(0, prefix, window), prefix]
     cuts = list(zip(starts, [*starts[1:], T]))
     for start, stop in cuts:
-        restarts.append(fresh or local == 0 or local + stop - start > window)
-        local = stop - start + (0 if restarts[-1] else local)
-    for (start, stop), restart, ends in zip(cuts, restarts, [*restarts[1:], False]):
-        windows = int(restart and ends)
+        n = stop - start
+        fits = not fresh and local + n <= window
+        keeps.append(local if fits else 0 if fresh else max(min(config.keep_local, local, window - n), 0))
+        local = keeps[-1] + n
+    for (start, stop), keep, then in zip(cuts, keeps, [*keeps[1:], None]):
+        windows = int(keep == 0 == then)
         if windows and pieces and pieces[-1][3] and stop - start == window and stop - pieces[-1][0] <= AT_ONCE:
             start, _, _, before = pieces.pop()
             windows += before
-        pieces.append((start, stop, restart, windows))
+        pieces.append((start, stop, keep, windows))
     return pieces
 
 
@@ -607,7 +733,7 @@ class LongLlama(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i in config.mem_layers) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, config.rotates(i)) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -646,9 +772,8 @@ class LongLlama(nn.Module):
 
         first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
         hidden = []
-        for start, stop, restart, windows in split_into_windows(T, last, cache, self.config):
-            if restart:
-                cache.restart()
+        for start, stop, keep, windows in split_into_windows(T, last, cache, self.config):
+            cache.restart(keep)
             cache.note_padding(B, stop - start, None if real is None else real[:, :, start:stop])
             ids = input_ids[:, start:stop]
             x = self._read_windows(ids, cache, windows, stop <= first) if windows else self._read_local(ids, cache)
