@@ -4,18 +4,26 @@ The continuation, and nothing else, goes to standard output. Warnings, progress 
 """
 
 import argparse
+import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from hashlib import sha256
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from longllama import MEM_DTYPES, Cache, LongLlama
+from longllama import MEM_DTYPES, Cache, LongLlama, Memory, write_safetensors
 from tokenizer import StreamDecoder, Tokenizer
 
 TINY = Path(__file__).resolve().parent / "tiny"
+# What may change between a saved memory and the model that goes on from it.
+FREE_SETTINGS = ("last_context_length", "mem_attention_grouping", "mem_topk", "mem_device", "keep_local")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,6 +72,17 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")
     parser.add_argument("--mem-attention-grouping", type=number(int, 1), nargs=2, metavar=("H", "Q"),
                         help="attend to memory with at most H heads x Q queries at once: less memory, more time")  # fmt: skip
+    parser.add_argument(
+        "--mem-device", choices=["cpu"], help="keep memory in main memory, and stream it to the GPU: longer prompts fit"
+    )
+    parser.add_argument(
+        "--mem-topk", type=number(int, 1), metavar="K", help="attend to each query's K best tokens of memory only"
+    )
+    parser.add_argument(
+        "--keep-local", type=number(int, 0), metavar="N", help="when the window is full, keep its newest N tokens local"
+    )
+    parser.add_argument("--save-memory", type=Path, metavar="FILE", help="write what the prompt left in memory")
+    parser.add_argument("--load-memory", type=Path, metavar="FILE", help="continue what --save-memory wrote")
     parser.add_argument("--compile", action="store_true", help="compile the model's layers first (torch.compile)")
     parser.add_argument("--quiet", action="store_true", help="no progress, statistics or warnings")
     return parser, parser.parse_args()
@@ -113,12 +132,75 @@ def load(folder: Path, device: torch.device, dtype: str = "auto", **overrides) -
     return model, tokenizer
 
 
+def settings(model: LongLlama) -> dict:
+    """What a saved memory must have been made with to be of use: the config, the dtype, and some of every weight, hashed."""
+    digest = sha256()
+    for name, tensor in model.hf_tensors().items():
+        some = tensor.flatten()[:: -(-tensor.numel() // 256)].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    config = json.loads(json.dumps(asdict(model.config)))
+    made_by = {"weights": digest.hexdigest()[:16], "dtype": str(model.norm.weight.dtype).removeprefix("torch.")}
+    return {name: value for name, value in config.items() if name not in FREE_SETTINGS} | made_by
+
+
+def save_memory(path: Path, cache: Cache, model: LongLlama):
+    """Writes all that the cache knows to a safetensors file, whole or not at all. Raises OSError."""
+    tensors = {} if cache.real is None else {"real": cache.real}
+    for i, layer in enumerate(cache.layers):
+        groups = {f"{i}.local": layer.filled()}
+        if layer.memory is not None and layer.memory.blocks:
+            keys, values = zip(*layer.memory.blocks)
+            groups |= {f"{i}.memory.k": keys, f"{i}.memory.v": values, f"{i}.memory.scale": layer.memory.scales}
+        tensors |= {f"{group}.{j}": x for group, xs in groups.items() for j, x in enumerate(xs)}
+    lengths = {"local_length": cache.local_length, "memory_length": cache.memory_length}
+    write_safetensors(path, tensors, {"longllama": json.dumps(settings(model) | lengths)})
+
+
+def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> Cache:
+    """A cache that goes on from what `save_memory` wrote as if there had been no stop.
+
+    On the CPU, memory is mapped from the file, and read when it is used. new_memory: see Cache. Raises OSError or ValueError:
+    for a broken file, another model, or settings that made another memory.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            made_with = json.loads((file.metadata() or {}).get("longllama", "{}"))
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: --save-memory writes such a file") from None
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no saved memory, or a broken one: {first_line(error)}") from None
+    if "weights" not in made_with:
+        raise ValueError(f"{path} is no saved memory: --save-memory writes such a file")
+    for name, value in settings(model).items():
+        if made_with.get(name) != value:
+            raise ValueError(
+                f"{path} was made with {name} {made_with.get(name)}, but this model has {value}: use the model and settings "
+                "that made it, or read the prompt again"
+            )
+    cache, device = Cache(model.config, new_memory), model.norm.weight.device
+    cache.local_length, cache.memory_length = made_with["local_length"], made_with["memory_length"]
+    cache.real = tensors["real"].to(device) if "real" in tensors else None
+
+    def numbered(group: str, device: torch.device) -> list[Tensor]:
+        names = takewhile(tensors.__contains__, (f"{group}.{j}" for j in count()))
+        return [tensors[name].to(device) for name in names]
+
+    for i, layer in enumerate(cache.layers):
+        layer.tensors, layer.length = numbered(f"{i}.local", device), cache.local_length
+        if layer.memory is not None:
+            kept = layer.memory.device or device
+            layer.memory.blocks = list(zip(numbered(f"{i}.memory.k", kept), numbered(f"{i}.memory.v", kept)))
+            layer.memory.scales, layer.memory.length = numbered(f"{i}.memory.scale", device), cache.memory_length
+    return cache
+
+
 def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama) -> Iterator[str]:
     config, new = model.config, args.max_new_tokens
     if prompt.lstrip().startswith("<s>"):
         yield "the prompt begins with the text <s>; the bos token is added without it, so leave it out"
     window, last = config.max_position_embeddings, config.last_context_length
-    if config.mem_layers and min(T, last) + new > window:
+    if config.mem_layers and not config.keep_local and min(T, last) + new > window:
         fits = (
             f"--last-context-length {window - new} avoids it"
             if new < window
@@ -126,7 +208,7 @@ def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama) ->
         )
         yield (
             f"last context {last} + {new} new tokens exceed the window of {window}: once it is full, layers without memory "
-            f"start again with almost no context; {fits}"
+            f"start again with almost no context; {fits}, --keep-local {window // 4} softens it"
         )
 
 
@@ -184,7 +266,11 @@ def compile_layers(model: LongLlama):
 
 def run(args: argparse.Namespace):
     device = pick_device(args.device)
+    if args.save_memory and (args.save_memory.is_dir() or not args.save_memory.absolute().parent.is_dir()):
+        raise ValueError(f"--save-memory {args.save_memory}: name a file in a folder that exists")
     prompt = read_prompt(args)
+    if args.load_memory and not prompt:
+        raise ValueError("--load-memory goes on from a text that was read: the prompt must not be empty")
     model, tokenizer = load(
         args.model,
         device,
@@ -192,23 +278,31 @@ def run(args: argparse.Namespace):
         last_context_length=args.last_context_length,
         mem_dtype=args.mem_dtype,
         mem_attention_grouping=args.mem_attention_grouping,
+        mem_device=args.mem_device,
+        mem_topk=args.mem_topk,
+        keep_local=args.keep_local,
     )
     if args.compile:
         compile_layers(model)
-    ids = torch.tensor([tokenizer.encode(prompt)], device=device)
-    T, cache, decoder, new = ids.shape[1], Cache(model.config), StreamDecoder(tokenizer, continues=bool(prompt)), 0
+    cache = load_memory(args.load_memory, model) if args.load_memory else Cache(model.config)
+    ids = torch.tensor([tokenizer.encode(prompt, bos=not args.load_memory)], dtype=torch.long, device=device)
+    T, decoder, new = ids.shape[1], StreamDecoder(tokenizer, continues=bool(prompt)), 0
     if not args.quiet:
         for warning in warnings(args, prompt, T, model):
             print(f"generate.py: warning: {warning}", file=sys.stderr)
     progress = Progress(model, T, shown=not args.quiet and sys.stderr.isatty())
     started = first = time.perf_counter()
-    settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     try:
-        for token in model.generate(ids, args.max_new_tokens, cache=cache, **settings):
+        for token in model.generate(ids, max(args.max_new_tokens, bool(args.save_memory)), cache=cache, **sampling):
             token = token.item()
             if new == 0:
                 progress.close()
                 first = time.perf_counter()
+                if args.save_memory:  # the cache holds the prompt and not yet this token
+                    save_memory(args.save_memory, cache, model)
+            if new == args.max_new_tokens:
+                break
             new += 1
             print(decoder.feed(token), end="", flush=True)
     finally:  # after Ctrl-C too
@@ -216,7 +310,7 @@ def run(args: argparse.Namespace):
         progress.close()
         if new:
             print(decoder.flush(), flush=True)
-        if new and not args.quiet:
+        if first > started and not args.quiet:
             print(statistics(cache, progress, T, new, started, first, ended, device), file=sys.stderr)
 
 

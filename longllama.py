@@ -723,6 +723,18 @@ def shard_names(index: Path) -> list[str]:
     return names
 
 
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
+    """Writes to a temporary name, and renames: there is never a half-written file under the name itself."""
+    unfinished = path.with_name(path.name + ".part")
+    parts = [name for name, x in tensors.items() if x.nbytes < x.untyped_storage().nbytes()]
+    copies = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in parts}  # safetensors takes no views
+    try:
+        save_file(tensors | copies, unfinished, metadata)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 # ----------------------------------------------------------------------------------------------------------- Model
 
 
@@ -875,10 +887,7 @@ class LongLlama(nn.Module):
     def save_pretrained(self, folder: str | Path):
         """Writes config.json and model.safetensors, in the parameters' dtype."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.clone() for name, tensor in self.hf_tensors().items()}
-        unfinished = Path(folder) / "model.safetensors.part"
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        unfinished.replace(Path(folder) / "model.safetensors")
+        write_safetensors(Path(folder) / "model.safetensors", self.hf_tensors(), {"format": "pt"})
         self.config.to_json(Path(folder) / "config.json", self.norm.weight.dtype)
 
     def hf_tensors(self) -> dict[str, Tensor]:
