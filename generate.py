@@ -139,7 +139,7 @@ def settings(model: LongLlama) -> dict:
         some = tensor.flatten()[:: -(-tensor.numel() // 256)].float().cpu()
         digest.update(name.encode() + some.numpy().tobytes())
     config = json.loads(json.dumps(asdict(model.config)))
-    made_by = {"weights": digest.hexdigest()[:16], "dtype": str(model.norm.weight.dtype).removeprefix("torch.")}
+    made_by = {"dtype": str(model.norm.weight.dtype).removeprefix("torch."), "weights": digest.hexdigest()[:16]}
     return {name: value for name, value in config.items() if name not in FREE_SETTINGS} | made_by
 
 
