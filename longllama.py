@@ -724,13 +724,15 @@ def shard_names(index: Path) -> list[str]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
-    """Writes to a temporary name, and renames: there is never a half-written file under the name itself."""
+    """Writes to a temporary name, and renames: there is never a half-written file under the name itself. Raises OSError."""
     unfinished = path.with_name(path.name + ".part")
     parts = [name for name, x in tensors.items() if x.nbytes < x.untyped_storage().nbytes()]
     copies = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in parts}  # safetensors takes no views
     try:
         save_file(tensors | copies, unfinished, metadata)
         unfinished.replace(path)
+    except SafetensorError as error:  # so it calls a full disk too
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 

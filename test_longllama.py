@@ -614,10 +614,14 @@ def test_an_interrupted_save_leaves_what_there_was(tmp_path, monkeypatch):
         unfinished.write_text("half")
         raise KeyboardInterrupt
 
+    cache = model(torch.randint(61, (1, 30)))[1]
     monkeypatch.setattr(longllama, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        generate.save_memory(path, model(torch.randint(61, (1, 30)))[1], model)
+        generate.save_memory(path, cache, model)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="cannot be written"):
+        generate.save_memory(tmp_path / "missing" / "memory", cache, model)
 
 
 def test_gradients_flow_through_memory():
@@ -1166,3 +1170,23 @@ def test_the_benchmark_compares_implementations_that_agree_and_prints_a_table():
     assert [row[1] for row in rows] == ["longllama", "naive", "transformers"]
     assert all(float(cell.replace(",", "").rstrip("%|ms x")) >= 0 for row in rows for cell in row[3:])
     assert "matmul peak" in done.stdout and "read bandwidth" in done.stdout
+
+
+def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overflow(tmp_path):
+    (tmp_path / "text.txt").write_text((TINY / "book.txt").read_text()[:60000])  # 20,000 tokens: just enough
+
+    def table(*flags):
+        command = [sys.executable, HERE / "benchmarks" / "memory.py", "--text", tmp_path / "text.txt", *flags]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+
+    rows = table("--mem-dtype", "float8_e4m3fn", "--mem-topk", "8,all", "--length", "1k", "--trials", "2")
+    assert [row[:3] for row in rows] == [
+        ["float32", "all", "1,024"], ["float8_e4m3fn", "8", "256"], ["float8_e4m3fn", "all", "256"],
+    ]  # fmt: skip
+    exact, few, coarse = (float(row[3]) for row in rows)
+    assert exact == 0 < coarse < 0.1 and few > 0
+    rows = table("--keep-local", "0,64")
+    assert [row[0] for row in rows] == ["0", "64", "no overflow"]
+    assert float(rows[0][1]) > float(rows[1][1])

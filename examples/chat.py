@@ -1,0 +1,316 @@
+"""A conversation in the terminal whose past lives in memory: no turn is read twice, however long it gets.
+
+    python examples/chat.py --read tiny/book.txt                     # talk about a book
+    python examples/chat.py --model DIR --format instruct            # LongLLaMA-Instruct's chat
+    python examples/chat.py --read book.txt --fork < questions.txt   # a filter: a question a line, each asked of the book alone
+
+Ctrl-C stops an answer, and /help lists the commands. Of an answer exactly what was printed is remembered. When the local context
+has filled the window it moves into memory; --keep-local N softens that. Only answers go to standard output; as a filter the
+exit status is 1 if a line failed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generate import DTYPES, TINY, Progress, first_line, load, load_memory, number, pick_device, save_memory
+from longllama import MEM_DTYPES, Cache, LongLlama
+from tokenizer import StreamDecoder, Tokenizer
+
+HELP = """\
+/save FILE   write all that is remembered to a file
+/load FILE   go on from such a file, or from one that generate.py --save-memory wrote
+/memory      how much is remembered
+/reset       start anew: from what --read or --load-memory read, or from nothing
+/help        this list
+/quit        end; so does Ctrl-D
+Text that begins with / needs a space in front."""
+
+
+class Failure(Exception):
+    """One line for the user."""
+
+
+@contextmanager
+def failures():
+    """What is no bug of ours is raised as a `Failure`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise Failure(first_line(error)) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise Failure("out of memory: try --dtype bfloat16, --mem-dtype bfloat16 or --mem-device cpu") from None
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is written around the user's text, and what ends an answer, besides </s>."""
+
+    opening: str = ""
+    before: str = ""
+    after: str = ""
+    stops: tuple[str, ...] = ()
+
+    def find_stop(self, text: str) -> int:
+        """Where in a text a stop string begins, or may begin: the text may end inside of it. Nowhere: the text's length."""
+
+        def fits(rest: str) -> bool:
+            return any(rest.startswith(stop) or stop.startswith(rest) for stop in self.stops)
+
+        return next((at for at in range(len(text)) if fits(text[at:])), len(text))
+
+
+FORMATS = {
+    "plain": Format(),
+    "instruct": Format(  # the chat that LongLLaMA-Instruct was tuned on
+        "A chat between a user (denoted as USER:) and an artificial intelligence assistant (denoted as ASSISTANT:). "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.\n\n",
+        "\nUSER: ",
+        "\nASSISTANT: ",
+        ("\nUSER:", "\nASSISTANT:", "USER:", "ASSISTANT:"),  # the line break before belongs to the next turn
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Past:
+    """A point that a conversation can go on from. Its cache is never written into: whoever goes on takes a fork."""
+
+    cache: Cache
+    unread: tuple[int, ...] = ()  # ids that come next, and are read together with what follows
+    turns: int = 0
+
+
+class Conversation:
+    """past: what the next answer goes on from; start: what /reset goes back to."""
+
+    def __init__(
+        self, model: LongLlama, tokenizer: Tokenizer, style: Format = FORMATS["plain"], forks: bool = False, **sampling
+    ):
+        """forks: every answer goes on from the same past, and none sees another. sampling: for `LongLlama.generate`."""
+        self.model, self.tokenizer, self.style, self.forks, self.sampling = model, tokenizer, style, forks, sampling
+        self.begin()
+
+    def encode(self, *texts: str) -> list[int]:
+        """Each text by itself, as in the tuning: a text's ids do not depend on what stands beside it."""
+        return [i for text in texts for i in self.tokenizer.encode(text, bos=False)]
+
+    def tensor(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=self.model.norm.weight.device)
+
+    def begin(self, document: str | None = None, memory: Path | None = None, show_progress: bool = False):
+        """Starts from a saved memory and a document, where given. A format's opening follows the document. It does not follow
+        a saved memory, which may be of a conversation and have it."""
+        past, opening = Past(Cache(self.model.config), (self.tokenizer.bos_id,)), self.encode(self.style.opening)
+        if memory:
+            past, opening = Past(load_memory(memory, self.model)), []
+        if document:
+            past = self.read(past, self.encode(document), show_progress)
+        self.past = self.start = Past(past.cache, (*past.unread, *opening))
+
+    @torch.no_grad()
+    def read(self, past: Past, ids: list[int], show_progress: bool = False) -> Past:
+        """The past with its unread ids, and these, in the cache."""
+        ids, cache = [*past.unread, *ids], past.cache.fork()
+        progress = Progress(self.model, len(ids), show_progress)
+        try:
+            if ids:
+                self.model(self.tensor(ids), cache, logits_to_keep=1)
+        finally:
+            progress.close()
+        return Past(cache, (), past.turns)
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yields the answer to a text, as it comes.
+
+        Tokens are held back that may be the beginning of a stop string, or of a character. The past moves on with every text
+        that is yielded, to right behind it, and for the first time when the user's text has been read. So wherever an answer
+        ends, by an exception in the midst of a layer too, the past is what was asked and what was yielded, and no more.
+        """
+        cache, turns, waiting = self.past.cache.fork(), self.past.turns + 1, []
+        ids = [*self.past.unread, *self.encode(self.style.before, text, self.style.after)]
+        decoder, new = StreamDecoder(self.tokenizer), ""
+        for n, token in enumerate(self.model.generate(self.tensor(ids), cache=cache, **self.sampling)):
+            i = token.item()  # the cache holds all before it
+            ended = i == self.model.config.eos_token_id
+            if n == 0 or ended:  # </s> is never read: in the tuning no other token sees it
+                self.move_on(Past(cache.fork(), (), turns))
+            if ended:
+                yield "".join(text for text, _ in waiting) + new + decoder.flush()
+                return
+            new += decoder.feed(i)
+            if decoder.pending:
+                continue
+            waiting.append((new, Past(cache.fork(), (i,), turns)))
+            held, new = "".join(text for text, _ in waiting), ""
+            safe = self.style.find_stop(held)
+            while waiting and len(waiting[0][0]) <= safe:
+                ready, past = waiting.pop(0)
+                safe -= len(ready)
+                self.move_on(past)
+                yield ready
+            if any(stop in held for stop in self.style.stops):
+                return
+
+    def move_on(self, past: Past):
+        if not self.forks:
+            self.past = past
+
+    def save(self, path: Path):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(f"/save {path}: name a file in a folder that exists")
+        self.past = self.read(self.past, [])  # a saved memory has no unread ids
+        save_memory(path, self.past.cache, self.model)
+
+    def memory(self) -> str:
+        cache, window = self.past.cache, self.model.config.max_position_embeddings
+        return (
+            f"memory {cache.memory_length:,} tokens, {cache.memory_bytes / 2**20:,.1f} MiB | "
+            f"local context {cache.local_length:,} tokens, window {window:,} | {self.past.turns:,} turns"
+        )
+
+    def command(self, line: str) -> str:
+        """Does what a line such as "/save FILE" says, and returns what to tell the user. Raises OSError or ValueError."""
+        name, _, argument = line.strip().partition(" ")
+        file = Path(argument.strip()).expanduser()
+        if name in ("/save", "/load") and not argument:
+            raise ValueError(f"{name} needs the name of a file")
+        if name == "/save":
+            self.save(file)
+        elif name == "/load":
+            self.past = Past(load_memory(file, self.model))
+        elif name == "/reset":
+            self.past = self.start
+        elif name == "/help":
+            return HELP
+        elif name != "/memory":
+            raise ValueError(f"{name} is no command: /help lists them; text that begins with / needs a space in front")
+        return self.memory()
+
+
+def lines() -> Iterator[str]:
+    """What the user types, with line editing and history on a terminal; or the lines of a file."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # Windows has none, and its terminal edits lines itself
+            import readline  # noqa: F401  (input uses it)
+    else:
+        sys.stdin.reconfigure(encoding="utf-8")
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            print(end="\n" if prompt else "")
+            return
+        except UnicodeDecodeError:
+            raise ValueError("standard input is not UTF-8 text: convert it first") from None
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print()
+
+
+def tell(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+def say(answer: Iterator[str]):
+    """Prints an answer as it comes, on lines of its own."""
+    try:
+        for text in answer:
+            print(text, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def converse(chat: Conversation, lines: Iterator[str], stoppable: bool = True) -> bool:
+    """Answers line after line, up to /quit. Returns whether all went well. stoppable: Ctrl-C ends an answer only."""
+    well = True
+    for line in lines:
+        if line.strip() == "/quit":
+            break
+        try:
+            with failures():
+                if line.startswith("/"):
+                    tell(chat.command(line))
+                elif line.strip():
+                    say(chat.answer(line))
+        except KeyboardInterrupt:
+            if not stoppable:
+                raise
+        except Failure as failure:
+            well = False
+            full = not line.startswith("/") and not chat.model.config.mem_layers
+            tell(f"chat.py: {failure}" + "; /reset starts anew" * full)
+    return well
+
+
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model", type=Path, default=TINY, metavar="DIR", help="default: the tiny model that comes along")
+    add("--format", choices=FORMATS, default="plain", help="plain: what you write is continued (default)")
+    add("--read", type=Path, metavar="FILE", help="read a document first")
+    add("--load-memory", type=Path, metavar="FILE", help="start from what /save or generate.py --save-memory wrote")
+    add("--fork", action="store_true", help="every question starts from what was read first, and sees no other")
+    add("--max-new-tokens", type=number(int, 1), default=200, metavar="N", help="of an answer (default 200)")
+    add("--temperature", type=number(float, 0), default=0.8, metavar="X", help="0: always the likeliest (default 0.8)")
+    add("--top-k", type=number(int, 1), metavar="K", help="draw from the K likeliest tokens")
+    add("--top-p", type=number(float, 0, 1, above=True), metavar="P", help="draw from the likeliest of probability P")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="of every answer")
+    add("--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or a torch device")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU")
+    add("--last-context-length", type=number(int, 1), metavar="N", help="so many last tokens of a text stay local")
+    add(
+        "--keep-local", type=number(int, 0), metavar="N", help="when the window is full, its newest N tokens stay local"
+    )
+    add("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")
+    add("--mem-device", choices=["cpu"], help="keep memory in main memory, and stream it to the GPU")
+    add("--mem-topk", type=number(int, 1), metavar="K", help="attend to each query's K best tokens of memory only")
+    return parser, parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> bool:
+    config = ("last_context_length", "keep_local", "mem_dtype", "mem_device", "mem_topk")
+    sampling = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    try:
+        document = args.read and args.read.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--read {args.read} is not UTF-8 text (byte {error.start}): convert it first") from None
+    flags, terminal = vars(args), sys.stdin.isatty()
+    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, **{name: flags[name] for name in config})
+    chat = Conversation(model, tokenizer, FORMATS[args.format], args.fork, **{name: flags[name] for name in sampling})
+    chat.begin(document, args.load_memory, show_progress=sys.stderr.isatty())
+    if terminal:
+        tell(f"{chat.memory()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+    return converse(chat, lines(), stoppable=terminal)
+
+
+def main():
+    parser, args = arguments()
+    try:
+        with failures():
+            well = run(args)
+    except Failure as failure:
+        parser.error(str(failure))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        well = True
+    sys.exit(0 if well or sys.stdin.isatty() else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""What examples/chat.py promises, checked: python -m pytest examples/test_chat.py
+
+Truth is the same ids fed to the model by hand, segment by segment.
+"""
+
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from chat import FORMATS, Conversation, Format, converse
+
+import longllama
+from generate import TINY, load
+from longllama import LongLlama
+from tokenizer import Tokenizer
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+CHAT = str(Path(__file__).resolve().parent / "chat.py")
+BOOK = (TINY / "book.txt").read_text(encoding="utf-8")
+TEXTS = [BOOK[i : i + 200].replace("\n", " ") for i in range(5000, 9000, 1000)]
+NEW = 24  # ids in an answer: four turns overflow the window of 256
+PLAIN = FORMATS["plain"]
+STOPS = Format(stops=FORMATS["instruct"].stops)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.set_num_threads(1)  # for so small a model more only wait for each other
+    return load(TINY, torch.device("cpu"))
+
+
+def conversation(tiny, style: Format = PLAIN, **settings) -> Conversation:
+    return Conversation(*tiny, style, **{"max_new_tokens": NEW, "temperature": 0} | settings)
+
+
+def ask(chat: Conversation, *texts: str) -> list[str]:
+    return ["".join(chat.answer(text)) for text in texts]
+
+
+@torch.no_grad()
+def by_hand(tiny, segments: list[list[int]]) -> tuple[torch.Tensor, longllama.Cache]:
+    """The logits of the last id, and the cache, after reading the segments one after another."""
+    cache = None
+    for segment in segments:
+        logits, cache = tiny[0](torch.tensor([segment]), cache, logits_to_keep=1)
+    return logits, cache
+
+
+@torch.no_grad()
+def greedy(tiny, segments: list[list[int]], new: int) -> list[int]:
+    logits, cache = by_hand(tiny, segments)
+    ids = [logits.argmax().item()]
+    while len(ids) < new:
+        ids.append(tiny[0](torch.tensor([ids[-1:]]), cache)[0].argmax().item())
+    return ids
+
+
+def assert_same_past(chat: Conversation, tiny, segments: list[list[int]], unread: list[int]):
+    """The cache holds the segments, and `unread` waits."""
+    _, cache = by_hand(tiny, segments)
+    assert list(chat.past.unread) == unread
+    assert (chat.past.cache.local_length, chat.past.cache.memory_length) == (cache.local_length, cache.memory_length)
+    for ours, right in zip(chat.past.cache.layers, cache.layers):
+        for x, y in zip(ours.filled(), right.filled()):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+        blocks = zip(ours.memory.blocks, right.memory.blocks) if ours.memory and ours.memory.length else []
+        for block, right_block in blocks:
+            torch.testing.assert_close(block, right_block, rtol=0, atol=1e-2)  # bfloat16
+
+
+def script(monkeypatch, tokenizer: Tokenizer, *answers: str | list[int]):
+    """The model really reads, but what it writes is given."""
+    ids = iter(
+        [i for answer in answers for i in (tokenizer.encode(answer, bos=False) if isinstance(answer, str) else answer)]
+    )
+    monkeypatch.setattr(longllama, "sample", lambda logits, *_: torch.tensor([next(ids)]))
+
+
+def test_turns_are_one_text_of_which_nothing_is_read_twice(tiny):
+    chat, segments, unread = conversation(tiny), [], [1]
+    for turn, text in enumerate(TEXTS, 1):
+        [answer] = ask(chat, text)
+        segments.append(unread + tiny[1].encode(text, bos=False))
+        ids = greedy(tiny, segments, NEW)
+        assert answer == tiny[1].decode(ids)
+        segments, unread = segments + [[i] for i in ids[:-1]], ids[-1:]
+        assert_same_past(chat, tiny, segments, unread)
+        assert chat.past.turns == turn
+    assert chat.past.cache.memory_length > 0
+
+
+@pytest.mark.parametrize("layer, step", [(0, 1), (1, 7), (3, 20)])
+def test_what_was_printed_before_ctrl_c_is_what_is_remembered(tiny, layer, step):
+    model, tokenizer = tiny
+    chat, printed, steps = conversation(tiny), "", 0
+
+    def stop(*_):
+        nonlocal steps
+        steps += 1
+        if steps == step + 1:
+            raise KeyboardInterrupt  # in the midst of a forward: some layers have read the id, others not
+
+    hook = model.layers[layer].mlp.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        for text in chat.answer(TEXTS[0]):
+            printed += text
+    hook.remove()
+    first = [1] + tokenizer.encode(TEXTS[0], bos=False)
+    ids = greedy(tiny, [first], step)
+    assert printed == tokenizer.decode(ids)
+    segments = [first, *([i] for i in ids[:-1])]
+    assert_same_past(chat, tiny, segments, ids[-1:])
+    second = ids[-1:] + tokenizer.encode(TEXTS[1], bos=False)
+    assert ask(chat, TEXTS[1]) == [tokenizer.decode(greedy(tiny, [*segments, second], NEW))]
+
+
+def test_ctrl_c_while_a_text_is_read_forgets_the_text(tiny):
+    chat, other = conversation(tiny), conversation(tiny)
+    assert ask(chat, TEXTS[0]) == ask(other, TEXTS[0])
+    hook = tiny[0].layers[2].mlp.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        ask(chat, TEXTS[1])
+    hook.remove()
+    assert chat.past.turns == 1
+    assert ask(chat, TEXTS[2]) == ask(other, TEXTS[2])
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny, capsys):
+    chat, answers = conversation(tiny), iter([["half an ", KeyboardInterrupt], ["answer"]])
+
+    def answer(text):
+        for part in next(answers):
+            if part is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            yield part
+
+    chat.answer = answer
+    assert converse(chat, iter(["one", "two"]))
+    assert capsys.readouterr().out == "half an \nanswer\n"
+
+
+@pytest.mark.parametrize(
+    "written, printed",
+    [
+        ("Fine.\nUSER: and you", "Fine."),
+        ("Fine. ASSISTANT: yes", "Fine."),
+        ("USER: hello", ""),
+        ("Grade: A\nUSER: why", "Grade: A"),
+        ("A USA, an ASSIST\n\nASSISTANT:", "A USA, an ASSIST\n"),
+    ],
+)
+def test_stop_strings_are_never_printed_and_not_remembered(tiny, monkeypatch, written, printed):
+    tokenizer = tiny[1]
+    chat = conversation(tiny, STOPS)
+    script(monkeypatch, tokenizer, written + " and more" * 20)
+    parts = list(chat.answer("How are you?"))
+    monkeypatch.undo()
+    assert "".join(parts).rstrip(" ") == printed
+    first, kept = [1] + tokenizer.encode("How are you?", bos=False), tokenizer.encode("".join(parts), bos=False)
+    segments = [first, *([i] for i in kept[:-1])]
+    assert_same_past(chat, tiny, segments, kept[-1:])
+    second = kept[-1:] + tokenizer.encode("Go on", bos=False)
+    assert ask(chat, "Go on") == [tokenizer.decode(greedy(tiny, [*segments, second], NEW))]
+
+
+def test_text_that_only_looked_like_a_stop_is_printed_at_the_end_of_an_answer(tiny, monkeypatch):
+    chat = conversation(tiny, STOPS)
+    script(monkeypatch, tiny[1], "the USA\nUSE", [tiny[0].config.eos_token_id])
+    assert ask(chat, "Where?") == ["the USA\nUSE"]
+
+
+def test_a_cut_answer_has_no_half_characters_and_no_half_stop(tiny, monkeypatch):
+    pieces = [tiny[1].sp.piece_to_id(piece) for piece in ("<0x61>", "<0xC3>", "<0xA9>", "<0xC3>")]
+    chat = conversation(tiny, max_new_tokens=4)
+    script(monkeypatch, tiny[1], pieces)
+    assert ask(chat, "Write") == ["aé"]
+    assert list(chat.past.unread) == pieces[2:3]
+    chat = conversation(tiny, STOPS, max_new_tokens=len(tiny[1].encode("Yes.\nUS", bos=False)))
+    script(monkeypatch, tiny[1], "Yes.\nUS")
+    assert ask(chat, "Write") == ["Yes."]
+
+
+def test_instruct_reads_the_opening_once_and_no_end_of_text(tiny, monkeypatch):
+    style, encode = FORMATS["instruct"], lambda text: tiny[1].encode(text, bos=False)
+    chat = conversation(tiny, style)
+    script(monkeypatch, tiny[1], "Fine.", [2], "Well.", [2])
+    assert ask(chat, "How are you?", "And now?") == ["Fine.", "Well."]
+    first = [1, *encode(style.opening), *encode("\nUSER: "), *encode("How are you?"), *encode("\nASSISTANT: ")]
+    second = [*encode("\nUSER: "), *encode("And now?"), *encode("\nASSISTANT: ")]
+    answers = [[[i] for i in encode(text)] for text in ("Fine.", "Well.")]
+    assert_same_past(chat, tiny, [first, *answers[0], second, *answers[1]], [])
+
+
+def test_forks_do_not_see_each_other(tiny):
+    chat = conversation(tiny, forks=True)
+    chat.begin(BOOK[:3000], None)
+    answers = ask(chat, *TEXTS[:3])
+    assert answers == [ask(chat, text)[0] for text in TEXTS[:3]]
+    assert len(set(answers)) == 3
+    alone = conversation(tiny)
+    alone.begin(BOOK[:3000], None)
+    assert ask(alone, TEXTS[1]) == answers[1:2]
+
+
+def test_reset_goes_back_to_the_document(tiny):
+    chat = conversation(tiny)
+    fresh = ask(chat, TEXTS[0])
+    chat.command("/reset")
+    assert ask(chat, TEXTS[0]) == fresh
+    chat.begin(BOOK[:3000], None)
+    before, first = chat.memory(), ask(chat, TEXTS[0])
+    assert first != fresh
+    assert chat.command("/reset") == before
+    assert ask(chat, TEXTS[0]) == first
+
+
+@pytest.mark.parametrize("settings", [{}, {"style": FORMATS["instruct"]}, {"temperature": 1.0, "seed": 3}])
+def test_a_saved_conversation_goes_on_elsewhere(tiny, tmp_path, settings):
+    chat, file = conversation(tiny, **settings), tmp_path / "a conversation"
+    ask(chat, *TEXTS[:2])
+    chat.command(f"/save {file}")
+    other = conversation(tiny, **settings)
+    other.command(f"/load {file}")
+    assert ask(chat, *TEXTS[2:]) == ask(other, *TEXTS[2:])
+
+
+def test_failing_commands_take_a_line_each_and_change_nothing(tiny, capsys, tmp_path):
+    wrong = tmp_path / "wrong"
+    wrong.write_text("no memory")
+    bad = [
+        "/nosuch",
+        "/",
+        "/save",
+        "/load",
+        f"/save {tmp_path}",
+        f"/save {tmp_path}/no/file",
+        f"/load {wrong}",
+        "/load nosuch",
+    ]
+    chat = conversation(tiny)
+    past = chat.past
+    assert not converse(chat, iter(bad))
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == len(bad) and "Traceback" not in err
+    assert chat.past is past
+    assert converse(chat, iter(["/help", "/memory", "", "  ", "Hello", "/quit", "never asked"]))
+    out, err = capsys.readouterr()
+    assert chat.past.turns == 1 and "/save FILE" in err and "0 turns" in err and "/save FILE" not in out
+
+
+def test_a_full_window_without_memory_is_one_line(tiny, capsys):
+    model, tokenizer = LongLlama.from_pretrained(TINY, mem_layers=[]), tiny[1]
+    chat = conversation((model, tokenizer), max_new_tokens=1000)
+    assert not converse(chat, iter([TEXTS[0], TEXTS[1]]))
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 2 and err.count("/reset") == 2 and "exceed the window of 256" in err
+    assert len(out) > 100 and chat.past.cache.local_length == 256
+    assert converse(chat, iter(["/reset"]))
+
+
+def chat_process(lines: str | bytes, *flags: str) -> subprocess.CompletedProcess:
+    data = lines.encode() if isinstance(lines, str) else lines
+    return subprocess.run([sys.executable, CHAT, *flags], input=data, capture_output=True, timeout=120, env=ONE_THREAD)
+
+
+def test_as_a_filter_it_prints_answers_alone(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text(BOOK[:2000] + " The pass key is 71428. Remember it. 71428 is the pass key. " + BOOK[2000:4000])
+    question, saved = "What is the pass key? The pass key is", tmp_path / "saved"
+    lines = f"/save {saved}\n{question}\n/memory\n\n/nosuch\r\n{question}"
+    done = chat_process(lines, "--read", str(book), "--temperature", "0", "--max-new-tokens", "6", "--fork")
+    assert done.stdout.decode() == "71428\n71428\n", done.stderr
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 3  # two lines of sizes, and a command that is none
+    done = chat_process(question, "--load-memory", str(saved), "--temperature", "0", "--max-new-tokens", "6")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"71428\n", b"")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model", "nosuch"],
+        ["--read", "nosuch"],
+        ["--read", str(TINY / "model.safetensors")],
+        ["--load-memory", "nosuch"],
+        ["--temperature", "-1"],
+        ["--max-new-tokens", "0"],
+        ["--format", "nosuch"],
+        ["--device", "nosuch"],
+        ["--keep-local", "256"],
+        ["question"],
+    ],
+)
+def test_mistakes_in_flags_are_one_line_and_exit_status_2(monkeypatch, capsys, flags):
+    import chat
+
+    monkeypatch.setattr(sys, "argv", ["chat.py", *flags])
+    with pytest.raises(SystemExit) as exit:
+        chat.main()
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("chat.py: error: ")
+
+
+def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends():
+    pty = pytest.importorskip("pty")
+    outer, inner = pty.openpty()
+    command = [sys.executable, CHAT, "--max-new-tokens", "1000000", "--seed", "0"]
+    process = subprocess.Popen(
+        command,
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+        env=ONE_THREAD,
+    )
+    os.close(inner)
+    screen = b""
+
+    def wait_for(text: bytes, send: bytes):
+        nonlocal screen
+        while text not in screen:
+            assert select.select([outer], [], [], 60)[0], screen
+            screen += os.read(outer, 4096)
+        screen = screen.partition(text)[2]
+        os.write(outer, send)
+
+    try:
+        wait_for(b"> ", b"half a line\x03")
+        wait_for(b"> ", b"Call me Ishmael.\x02\x02\x02\x02!\n")  # Ctrl-B moves back
+        wait_for(b"!ael.", b"")
+        wait_for(b" ", b"\x03")
+        wait_for(b"> ", b"\x10\x01/nosuch \n")  # Ctrl-P, Ctrl-A: the line before, from its start
+        wait_for(b"/nosuch is no command", b"")
+        wait_for(b"> ", b"/memory\n")
+        wait_for(b"1 turns", b"")
+        wait_for(b"> ", b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(outer)
+
+
+def take_terminal():
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
