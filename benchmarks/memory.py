@@ -1,0 +1,147 @@
+"""What the choices about memory cost and change, on a trained model: one Markdown table.
+
+    python benchmarks/memory.py --mem-dtype float32,bfloat16,float16,float8_e4m3fn    # smaller
+    python benchmarks/memory.py --mem-topk 4,16,64,256                                # searched
+    python benchmarks/memory.py --keep-local 0,16,64,128                              # what an overflow leaves local
+
+The first two: pass keys found in prompts of --length tokens, perplexity of the text with 64 windows in memory, the time to read a
+prompt and to write a token after it, and how far the last logits are from those with all of memory in float32, as a share of
+their size. The third: perplexity of the tokens right after an overflow, by how many tokens ago that was.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from evaluate import perplexity
+
+from examples.passkey import GRASS, measure, parse_lengths, share
+from generate import DTYPES, TINY, load, number, pick_device
+from longllama import MEM_DTYPES, Cache, LongLlama
+
+WINDOWS = 64  # of memory, for perplexity
+BEFORE = 8  # windows read before an overflow
+STEPS = 32  # tokens written to take the time of one
+SINCE = (1, 4, 16, 64)  # tokens since an overflow
+
+
+@torch.no_grad()
+def read_and_write(model: LongLlama, ids: torch.Tensor) -> tuple[torch.Tensor, float, float, float]:
+    """The logits after a prompt (1, T), seconds to read it, seconds to write a token, bytes of memory for each token."""
+    start, times = time.perf_counter(), []
+    logits, cache = model(ids, Cache(model.config), logits_to_keep=1)
+    reading, last = time.perf_counter() - start, logits
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        last, cache = model(last[:, -1].argmax(dim=-1, keepdim=True), cache)
+        times.append(time.perf_counter() - start)
+    return logits.float(), reading, median(times), cache.memory_bytes / cache.memory_length
+
+
+def memory_table(args: argparse.Namespace) -> list[list[str]]:
+    rows = [
+        ["memory", "K", "bytes/token", "logit error", "perplexity", f"pass keys, {args.length}", "read, s", "ms/token"]
+    ]
+    variants = [("float32", None)] + [
+        (d, k) for d in args.mem_dtype for k in args.mem_topk if (d, k) != ("float32", None)
+    ]
+    right = None
+    for mem_dtype, mem_topk in variants:
+        model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
+        book = tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False)
+        prompt = (book * (args.length // len(book) + 1))[: args.length]
+        logits, reading, writing, size = read_and_write(model, torch.tensor([prompt], device=args.device))
+        right = logits if right is None else right
+        fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}
+        trials = measure(model, tokenizer, args.model.name, fillers, args.length, args.trials, args.seed)
+        value, _ = perplexity(model, [torch.tensor(book)], WINDOWS, WINDOWS, stride=4)
+        error = ((logits - right).norm() / right.norm()).item()
+        found = f"{100 * share(trials):.0f}% ({len(trials)})"
+        rows.append([mem_dtype, str(mem_topk or "all"), f"{size:,.0f}", f"{error:.1e}", f"{value:.2f}", found])
+        rows[-1] += [f"{reading:.2f}", f"{writing * 1e3:.1f}"]
+        print(*rows[-1], file=sys.stderr)
+    return rows
+
+
+@torch.no_grad()
+def losses_after_overflow(model: LongLlama, book: torch.Tensor, kept: bool) -> torch.Tensor:
+    """Loss of each of the last of SINCE tokens that are read after a window was full, at many places of the book: (places, n).
+
+    kept: the window has room for them, and nothing overflows.
+    """
+    window, after = model.config.max_position_embeddings, SINCE[-1]
+    before = BEFORE * window
+    pieces = book.unfold(0, before + after + 1, window)  # (places, before + after + 1)
+    losses = []
+    for ids in pieces.split(8):
+        _, cache = model(ids[:, :before], last_context_length=window - after if kept else window, logits_to_keep=1)
+        logits, _ = model(ids[:, before:-1], cache)
+        losses.append(F.cross_entropy(logits.float().mT, ids[:, before + 1 :], reduction="none"))
+    return torch.cat(losses)
+
+
+def overflow_table(args: argparse.Namespace) -> list[list[str]]:
+    starts = (0, *SINCE[:-1])
+    rows = [["keep_local", *(f"tokens {a + 1} to {b}" for a, b in zip(starts, SINCE))]]
+    rows[0][1] = "token 1"
+    for keep in (*args.keep_local, None):
+        model, tokenizer = load(args.model, args.device, args.dtype, keep_local=keep)
+        book = torch.tensor(tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False), device=args.device)
+        losses = losses_after_overflow(model, book, kept=keep is None)
+        rows.append(["no overflow" if keep is None else str(keep)])
+        rows[-1] += [f"{losses[:, a:b].mean().exp():.1f}" for a, b in zip(starts, SINCE)]
+    print(f"{len(losses)} places", file=sys.stderr)
+    return rows
+
+
+def parse_topk(text: str) -> list[int | None]:
+    return [
+        None if part == "all" else n
+        for part in text.split(",")
+        for n in ([0] if part == "all" else parse_lengths(part))
+    ]
+
+
+def parse_dtypes(text: str) -> list[str]:
+    if not set(text.split(",")) <= set(MEM_DTYPES):
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(MEM_DTYPES)}, not {text!r}")
+    return text.split(",")
+
+
+def parse_counts(text: str) -> list[int]:
+    return [number(int, 0)(part) for part in text.split(",")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=TINY, metavar="DIR")
+    parser.add_argument("--mem-dtype", type=parse_dtypes, default="float32", metavar="D,...")
+    parser.add_argument("--mem-topk", type=parse_topk, default="all", metavar="K,...", help="such as 16,64,all")
+    parser.add_argument(
+        "--keep-local", type=parse_counts, metavar="N,...", help="the table of what follows an overflow"
+    )
+    parser.add_argument("--length", type=parse_lengths, default="64k", help="tokens of a prompt with a pass key")
+    parser.add_argument("--trials", type=number(int, 1), default=10, help="for each filler, text and grass")
+    parser.add_argument("--text", type=Path, default=TINY / "book.txt", metavar="FILE")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    args = parser.parse_args()
+    try:
+        args.device, args.length = pick_device(args.device), args.length[0]
+        rows = overflow_table(args) if args.keep_local else memory_table(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    rows.insert(1, ["---"] * len(rows[0]))
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
