@@ -17,13 +17,12 @@ Five ideas carry it, each a short function or class below:
                            exactly, so a memory of any length is attended to block by block.
   `split_into_windows`     A long prompt is read window by window. Each attends to the memory of all before it, and then
   `attend_windows`         moves into memory whole.
-  `Cache.restart`          Overflow: when the window is full, all of the local context moves into memory, and a new
-                           one starts at position 0.
+  `Cache.restart`          Overflow: when the window is full, all of the local context moves into memory, or all but its
+                           newest tokens, and a new one starts at position 0.
   `cross_batch_attention`  Training mixes keys of the true past with keys of unrelated documents, so that memory layers
                            learn to tell them apart.
 
-Order: config; norm and RoPE; attention over a set of keys; what a layer attends to (memory, windows, the local cache,
-cross-batch); block; how input is cut; sampling; loading; model. The axes of tensors:
+The axes of tensors:
 
     B batch   W windows   T new tokens   S tokens in any set of keys   H query heads   G key-value heads (fewer than H:
     grouped-query attention)   D head dim   C hidden size   V vocabulary
@@ -35,6 +34,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, fields
 from functools import partial, reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,7 @@ class LongLlamaConfig:
 
 # --------------------------------------------------------------------------------------------------- Norm and RoPE
 
-PARTS = 16
+PARTS = 16  # of a weight: at least as many as the cores that read it
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -202,20 +202,85 @@ CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor'
 GATHERED = 1 << 24  # numbers of the best values that are gathered at once
 
 
-def store(parts: list[Tensor], capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def store(parts: list[Tensor], capacity: int, dtype: torch.dtype, device: torch.device, pin: bool = False) -> Tensor:
     """The parts, (B, G, n, D) each, in a row in new storage (B, G, capacity, D): contiguous, D made a multiple of 8 by zeros.
 
-    Fused kernels want that multiple, and would copy all keys on every call to get it: the 3B model's heads have 100. What is
-    kept in main memory for a GPU is pinned, so that it can be copied there while the GPU computes.
+    Fused kernels want that multiple, and would copy all keys on every call to get it: the 3B model's heads have 100. pin: main
+    memory that can be copied to a GPU while that computes.
     """
     B, G, _, D = parts[0].shape
-    size, pinned = (B, G, capacity, -(-D // 8) * 8), parts[0].is_cuda and device.type == "cpu"
-    stored, start = torch.empty(size, dtype=dtype, device=device, pin_memory=pinned), 0
+    size, start = (B, G, capacity, -(-D // 8) * 8), 0
+    with torch.inference_mode(False):  # or it could not be written into once that mode is over
+        stored = torch.empty(size, dtype=dtype, device=device, pin_memory=pin)
     for x in parts:
         stored[:, :, start : start + x.shape[2], :D] = x
         start += x.shape[2]
     stored[..., D:] = 0
     return stored
+
+
+def cast_pieces(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """x (B, G, S, D) in dtype, in pieces of some tokens. A piece is good until the next one is asked for."""
+    if x.dtype == dtype or torch.is_grad_enabled():  # autograd keeps every piece, and `room` is overwritten
+        yield x.to(dtype)
+        return
+    parts = x.split(max(CAST * x.shape[2] // x.numel(), 1), dim=2)
+    room = torch.empty_like(parts[0], dtype=dtype)
+    copy_into = copy_float8 if x.dtype == torch.float8_e4m3fn and x.device.type == "cpu" else Tensor.copy_
+    yield from (copy_into(room[:, :, : part.shape[2]], part) for part in parts)
+
+
+def copy_float8(room: Tensor, x: Tensor) -> Tensor:
+    """room.copy_(x) for finite float8_e4m3fn, which torch converts number by number on a CPU: eight times slower.
+
+    The bits of a float8, sign, 4 of exponent, 3 of mantissa, stand in a float16 of 5 and 10, and make a number 256 times smaller.
+    """
+    bits = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(8).bitwise_right_shift_(1).bitwise_and_(~(1 << 14))
+    return room.copy_(bits.view(torch.float16)).mul_(256)
+
+
+def fold(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, T, D) -> (B, G, H / G * T, D of k): queries that share a key head stand side by side, and no key is copied."""
+    q = F.pad(q, (0, k.shape[3] - q.shape[3])) if k.shape[3] > q.shape[3] else q
+    return q.reshape(len(q), k.shape[1], -1, k.shape[3])
+
+
+def padding_bias(real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What to add to scores, (B, 1, 1, S). Padding gets the least finite number, not -inf: a query that sees only padding gets
+    something, and never NaN."""
+    return None if real is None else (~real.mT).to(dtype) * torch.finfo(dtype).min
+
+
+def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Folded queries q (B, G, R, D), k (B, G, S, D) -> float32 (B, G, R, S)."""
+    # Keys times queries, since one query times keys is read a quarter slower on a CPU.
+    scores = torch.cat([piece @ q.mT for piece in cast_pieces(k, q.dtype)], dim=2).mT.contiguous().float() * scale
+    return scores if bias is None else scores + bias
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int | None) -> Attended:
+    """The formula, with the softmax in float32: q (B, G, R, D) -> (B, G, R, D) and (B, G, R).
+
+    first: causal, and the first query is the first-th token; None: not causal.
+    """
+    scores = score(q, k, bias, scale)
+    if first is not None:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
+        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    top = scores.amax(dim=-1, keepdim=True)  # softmax and log-sum-exp from one pass of exponentials
+    weights = (scores - top).exp()
+    total = weights.sum(dim=-1, keepdim=True)  # (B, G, R, 1)
+    weights, out, start = (weights / total).to(q.dtype), 0, 0
+    for piece in cast_pieces(v, q.dtype):
+        out = out + (weights[..., start : start + piece.shape[2]] @ piece).float()
+        start += piece.shape[2]
+    return out, (top + total.log()).squeeze(-1)
+
+
+def has_flash(q: Tensor) -> bool:
+    """Whether FlashAttention computes with q: on a GPU since Ampere, in half precision, with heads of at most 256."""
+    half = q.is_cuda and q.dtype != torch.float32 and q.shape[3] <= 256
+    return half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def attend(
@@ -225,18 +290,21 @@ def attend(
 
     real: (B, 1, S, 1), shaped like keys, False where one is padding; None: all real. causal: T = S, and query t sees keys 0
     to t. k and v may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
-    The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula, `rows` queries at once.
+    The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula, `rows` queries at once. (On
+    a GPU that is float32, padded batches and gradients.)
     """
     (B, H, T, D), G = q.shape, k.shape[1]
-    if H != G and causal:
+    if H != G and causal:  # folded, queries of several heads would stand in one causal triangle
         k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
-    q, bias = fold(q, k), hide(real, q.dtype)
+    if D % 8 and k.shape[3] == D and q.is_cuda:  # straight from the projection, and not from `store`
+        k, v = (F.pad(x, (0, -D % 8)) for x in (k, v))
+    q, bias = fold(q, k), padding_bias(real, q.dtype)
 
     fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
     if fused and q.device.type == "cpu" and q.shape[2] > FEW_ROWS:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, attn_mask=bias, scale=D**-0.5)
-    elif fused and q.device.type == "cuda" and q.dtype != torch.float32 and bias is None:
+    elif fused and has_flash(q) and bias is None:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, scale=D**-0.5)[:2]
     else:
@@ -246,41 +314,6 @@ def attend(
     return out[..., :D].reshape(B, H, T, D), lse.reshape(B, H, T)
 
 
-def fold(q: Tensor, k: Tensor) -> Tensor:
-    """q (B, H, T, D) -> (B, G, H / G * T, D of k): queries that share a key head stand side by side, and no key is copied."""
-    q = F.pad(q, (0, k.shape[3] - q.shape[3])) if k.shape[3] > q.shape[3] else q
-    return q.reshape(len(q), k.shape[1], -1, k.shape[3])
-
-
-def hide(real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What to add to scores, (B, 1, 1, S). Padding gets the least finite number, not -inf: a query that sees only padding gets
-    something, and never NaN."""
-    return None if real is None else (~real.mT).to(dtype) * torch.finfo(dtype).min
-
-
-def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """q (B, G, T, D), k (B, G, S, D) -> float32 (B, G, T, S)."""
-    # Keys times queries, since one query times keys is read a quarter slower on a CPU.
-    scores = torch.cat([piece @ q.mT for piece in cast(k, q.dtype)], dim=2).mT.contiguous().float() * scale
-    return scores if bias is None else scores + bias
-
-
-def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int | None) -> Attended:
-    """The formula, with the softmax in float32. first: causal, and the first query is the first-th token; None: not causal."""
-    scores = score(q, k, bias, scale)
-    if first is not None:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
-        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
-    top = scores.amax(dim=-1, keepdim=True)  # softmax and log-sum-exp from one pass of exponentials
-    weights = (scores - top).exp()
-    total = weights.sum(dim=-1, keepdim=True)  # (B, G, T, 1)
-    weights, out, start = (weights / total).to(q.dtype), 0, 0
-    for piece in cast(v, q.dtype):
-        out = out + weights[..., start : start + piece.shape[2]] @ piece
-        start += piece.shape[2]
-    return out, (top + total.log()).squeeze(-1)
-
-
 def attend_topk(q: Tensor, sets: Iterator[tuple[Tensor, Tensor, Tensor | None]], K: int) -> Attended:
     """kNN attention (paper, section 3.1): a query of q (B, H, T, D) attends to the K best keys of all sets, by exact search.
 
@@ -288,7 +321,7 @@ def attend_topk(q: Tensor, sets: Iterator[tuple[Tensor, Tensor, Tensor | None]],
     """
     best, values, D = None, None, q.shape[3]
     for k, v, real in sets:
-        new, at = score(fold(q, k), k, hide(real, q.dtype), D**-0.5).topk(min(K, k.shape[2]))  # (B, G, H / G * T, K)
+        new, at = score(fold(q, k), k, padding_bias(real, q.dtype), D**-0.5).topk(min(K, k.shape[2]))  # (B, G, H / G * T, K)
         b, g = (torch.arange(n, device=q.device) for n in k.shape[:2])
         found = v[b[:, None, None, None], g[:, None, None], at].to(q.dtype)  # (B, G, H / G * T, K, D)
         if best is not None:
@@ -297,16 +330,6 @@ def attend_topk(q: Tensor, sets: Iterator[tuple[Tensor, Tensor, Tensor | None]],
         best, values = new, found
     out = (best.softmax(dim=-1).to(q.dtype).unsqueeze(-2) @ values)[..., :D]
     return out.reshape(q.shape), best.logsumexp(dim=-1).reshape(q.shape[:3])
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """x (B, G, S, D) in dtype, in pieces of some tokens. A piece is good until the next one is asked for."""
-    if x.dtype == dtype or torch.is_grad_enabled():  # autograd forbids writing in place
-        yield x.to(dtype)
-        return
-    parts = x.split(max(CAST * x.shape[2] // x.numel(), 1), dim=2)
-    room = torch.empty_like(parts[0], dtype=dtype)
-    yield from (room[:, :, : part.shape[2]].copy_(part) for part in parts)
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -325,17 +348,36 @@ def merge(a: Attended, b: Attended) -> Attended:
 # unrotated keys, and return what the queries got, (B, H, T, D). `Memory` is what the first two share.
 
 
-FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
-
-
 def float8_scale(x: Tensor) -> Tensor:
-    """What to divide keys or values x (B, G, n, D) by so as to store them as float8: (B, G, 1, 1), for each head.
+    """What to divide keys or values by, so as to store them as float8, from the first ones x (B, G, n, D): (B, G, 1, 1).
 
-    float8_e4m3fn keeps four binary digits of numbers from 2**-6 to 448. The scale, a power of two, so that it rounds nothing,
-    puts the largest number of x at 16 to 32; what comes later may be 14 times as large.
+    float8_e4m3fn keeps four binary digits of numbers from 2**-6 to 448. The scale of each head, a power of two, so that it
+    rounds nothing, puts the largest number of x at 1/2 to 1; what comes later may be 448 times as large, or 32 times smaller.
     """
     largest = x.detach().float().abs().amax(dim=(2, 3), keepdim=True)
-    return (largest.clamp_min(1e-6) / 32).log2().ceil().exp2()
+    return torch.where(largest > 0, largest, 1).log2().ceil().exp2()
+
+
+def stream(blocks: list[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The blocks on a device, one by one; each is good until the next one is asked for.
+
+    From main memory to a GPU a block is copied while the one before is computed with, between two buffers.
+    """
+    if device.type != "cuda" or blocks[0][0].device == device or torch.is_grad_enabled():  # autograd keeps what it is given
+        yield from ((k.to(device), v.to(device)) for k, v in blocks)
+        return
+    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    buffers = blocks[0][0].new_empty(2, 2, max(k.numel() for k, _ in blocks), device=device)
+    used = [torch.cuda.Event(), torch.cuda.Event()]  # to wait for one that was never recorded is no wait
+    copying.wait_stream(computing)  # which may still compute with what was in the buffers' place
+    for i, block in enumerate(blocks):
+        with torch.cuda.stream(copying):  # computing with block i - 1 is queued by now, and goes on
+            copying.wait_event(used[i % 2])
+            rooms = zip(buffers[i % 2], block)
+            block = tuple(room[: x.numel()].view(x.shape).copy_(x, non_blocking=True) for room, x in rooms)
+        computing.wait_stream(copying)
+        yield block
+        used[i % 2].record(computing)
 
 
 class Memory:
@@ -359,21 +401,22 @@ class Memory:
 
     def append(self, k: Tensor, v: Tensor):
         """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
-        device = self.device or k.device
+        device, dtype = self.device or k.device, self.dtype
+        put = partial(store, dtype=dtype, device=device, pin=k.is_cuda and device.type == "cpu")
         self.length += k.shape[2]
-        if self.dtype == torch.float8_e4m3fn:
+        if dtype == torch.float8_e4m3fn:
+            require(not k.requires_grad, "float8 memory has no gradients: read under torch.no_grad()")
             self.scales = self.scales or [float8_scale(k), float8_scale(v)]
-            k, v = (x / scale for x, scale in zip((k, v), self.scales))
-            k, v = (x.clamp(-FLOAT8_MAX, FLOAT8_MAX) for x in (k, v))
+            k, v = ((x / scale).clamp(-448, 448) for x, scale in zip((k, v), self.scales))
         self.blocks = list(self.blocks)  # forks share the old list
         for block in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
-            self.blocks.append(tuple(store([x], x.shape[2], self.dtype, device) for x in block))
+            self.blocks.append(tuple(put([x], x.shape[2]) for x in block))
             while len(self.blocks) > 1:
-                (k, v), (new_k, new_v) = self.blocks[-2:]
-                tokens = k.shape[2] + new_k.shape[2]
-                if k.shape[2] > 4 * new_k.shape[2] or tokens > self.BLOCK:
+                old, new = self.blocks[-2:]
+                tokens = old[0].shape[2] + new[0].shape[2]
+                if old[0].shape[2] > 4 * new[0].shape[2] or tokens > self.BLOCK:
                     break
-                self.blocks[-2:] = [tuple(store(list(x), tokens, self.dtype, device) for x in ((k, new_k), (v, new_v)))]
+                self.blocks[-2:] = [tuple(put(list(x), tokens) for x in zip(old, new))]
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
@@ -383,49 +426,19 @@ class Memory:
         scales = [x.repeat_interleave(H // x.shape[1], dim=1).to(q.dtype) for x in self.scales]  # (B, H, 1, 1) each
         q = q * scales[0] if scales else q
         if self.topk is None:
-            out, lse = reduce(merge, (attend(q, *block, rows=rows) for block in self.on(q.device, real)))
+            out, lse = reduce(merge, (attend(q, *block, rows=rows) for block in self.blocks_on(q.device, real)))
         else:
-            rows = max(min(rows, GATHERED // (B * H * self.topk * D)), 1)
-            parts = [attend_topk(part, self.on(q.device, real), self.topk) for part in q.split(rows, dim=2)]
+            K = min(self.topk, self.length)
+            rows = max(min(rows, GATHERED // (B * H * K * D)), 1)  # memory that is streamed comes by once for each part
+            parts = [attend_topk(part, self.blocks_on(q.device, real), K) for part in q.split(rows, dim=2)]
             out, lse = (torch.cat(x, dim=2) for x in zip(*parts))
         return (out * scales[1] if scales else out), lse
 
-    def on(self, device: torch.device, real: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def blocks_on(self, device: torch.device, real: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """The blocks on a device, with their part of `real`."""
         sizes = [k.shape[2] for k, _ in self.blocks]
         reals = [None] * len(sizes) if real is None else real[:, :, : self.length].split(sizes, dim=2)
         yield from ((*block, real) for block, real in zip(stream(self.blocks, device), reals))
-
-
-def stream(blocks: list[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The blocks on a device, one by one; each is good until the next one is asked for.
-
-    From main memory to a GPU the next block is copied while this one is computed with, between two buffers.
-    """
-    if device.type != "cuda" or blocks[0][0].device == device:
-        yield from ((k.to(device), v.to(device)) for k, v in blocks)
-        return
-    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    largest = max(k.numel() for k, _ in blocks)
-    buffers = [blocks[0][0].new_empty(2, largest, device=device) for _ in range(2)]
-    copied, used = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
-    copying.wait_stream(computing)  # which may still compute with what was in the buffers' place
-
-    def copy_block(i: int) -> tuple[Tensor, ...]:
-        with torch.cuda.stream(copying):
-            copying.wait_event(used[i % 2])
-            parts = zip(buffers[i % 2], blocks[i])
-            block = tuple(room[: x.numel()].view(x.shape).copy_(x, non_blocking=True) for room, x in parts)
-            copied[i % 2].record()
-        return block
-
-    block = copy_block(0)
-    for i in range(len(blocks)):
-        following = copy_block(i + 1) if i + 1 < len(blocks) else None
-        computing.wait_event(copied[i % 2])
-        yield block
-        used[i % 2].record()
-        block = following
 
 
 def attend_windows(
@@ -481,7 +494,7 @@ class LocalCache:
         new = [k, v] if self.memory is None else [k, v, unrotated]
         old, start = self.filled(), self.length
         self.length += k.shape[2]
-        if torch.is_grad_enabled():  # autograd forbids writing in place
+        if torch.is_grad_enabled():  # autograd keeps the earlier tensors, which must not be overwritten
             self.tensors = [torch.cat((x[..., : y.shape[3]], y), dim=2) for x, y in zip(old, new)] if old else new
             return self.tensors[:2]
         if not old or self.length > self.tensors[0].shape[2]:
@@ -520,7 +533,7 @@ class Cache:
     """
 
     def __init__(self, config: LongLlamaConfig, new_memory: Callable[[LongLlamaConfig], Memory] = Memory):
-        """new_memory: makes the memory of a layer, a `Memory` or something like it."""
+        """new_memory: makes the memory of a layer, of `Memory` or a subclass."""
         memories = [new_memory(config) if i in config.mem_layers else None for i in range(config.num_hidden_layers)]
         self.layers = [LocalCache(config, memory, config.rotates(i)) for i, memory in enumerate(memories)]
         self.local_length = 0  # tokens in the local context, and so the position of the next
@@ -542,7 +555,7 @@ class Cache:
     def restart(self, keep: int = 0):
         """The local context ends, and the next starts at position 0: of all but the newest `keep` tokens, which stay local,
         memory layers remember keys and values, and the other layers nothing."""
-        moved = self.local_length - keep
+        moved = self.local_length - max(keep, 0)
         if moved > 0:
             for layer in self.layers:
                 layer.restart(keep)
@@ -649,32 +662,39 @@ class Block(nn.Module):
 AT_ONCE = 4096  # tokens of whole windows that are read as one batch, in each row
 
 
-def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, int, int]]:
-    """How T new tokens are read: the (start, stop, keep, windows) of each piece, in order.
+class Piece(NamedTuple):
+    start: int  # of the new tokens, it is those from start
+    stop: int  # to stop - 1
+    keep: int  # before it, so many tokens of the local context stay local, and the others move into memory
+    windows: int  # n > 0: it is n windows of which nothing stays local; so they move into memory as they are read
 
-    The prefix, all but `last` tokens at the end, is read in windows of max_position_embeddings. On a fresh cache every piece
-    is a local context of its own; later a piece joins the local context as long as both fit one window together, and if not,
-    its newest keep_local tokens. Without memory layers there is one piece. keep: so many tokens of the local context stay
-    local before this piece, and the others move into memory. windows: n > 0, the piece is n windows of which nothing stays
-    local, before or after, and so they move into memory as they are read; 0: it becomes, or joins, the local context.
+
+def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[Piece]:
+    """How T new tokens are read.
+
+    The prefix, all but `last` tokens at the end, is read in windows of max_position_embeddings. On a fresh cache every window,
+    and then the end, is a local context of its own. Later they join the local context as long as both fit one window
+    together, and if not, its newest keep_local tokens. Without memory layers there is one piece.
     """
     if not config.mem_layers:
-        return [(0, T, cache.local_length, 0)]
+        return [Piece(0, T, cache.local_length, 0)]
     window, fresh = config.max_position_embeddings, cache.local_length + cache.memory_length == 0
     prefix, local, keeps, pieces = max(T - last, 0), cache.local_length, [], []
     starts = [*range(0, prefix, window), prefix]
     cuts = list(zip(starts, [*starts[1:], T]))
     for start, stop in cuts:
         n = stop - start
-        fits = not fresh and local + n <= window
-        keeps.append(local if fits else 0 if fresh else max(min(config.keep_local, local, window - n), 0))
+        if fresh:
+            keeps.append(0)
+        else:
+            keeps.append(local if local + n <= window else max(min(config.keep_local, local, window - n), 0))
         local = keeps[-1] + n
     for (start, stop), keep, then in zip(cuts, keeps, [*keeps[1:], None]):
-        windows = int(keep == 0 == then)
-        if windows and pieces and pieces[-1][3] and stop - start == window and stop - pieces[-1][0] <= AT_ONCE:
-            start, _, _, before = pieces.pop()
-            windows += before
-        pieces.append((start, stop, keep, windows))
+        windows = 1 if keep == 0 and then == 0 else 0
+        if windows and pieces and pieces[-1].windows and stop - start == window and stop - pieces[-1].start <= AT_ONCE:
+            before = pieces.pop()
+            start, windows = before.start, before.windows + 1
+        pieces.append(Piece(start, stop, keep, windows))
     return pieces
 
 
@@ -726,8 +746,8 @@ def shard_names(index: Path) -> list[str]:
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
     """Writes to a temporary name, and renames: there is never a half-written file under the name itself. Raises OSError."""
     unfinished = path.with_name(path.name + ".part")
-    parts = [name for name, x in tensors.items() if x.nbytes < x.untyped_storage().nbytes()]
-    copies = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in parts}  # safetensors takes no views
+    views = [name for name, x in tensors.items() if x.nbytes < x.untyped_storage().nbytes()]  # safetensors takes none
+    copies = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in views}
     try:
         save_file(tensors | copies, unfinished, metadata)
         unfinished.replace(path)
@@ -779,6 +799,8 @@ class LongLlama(nn.Module):
         require(logits_to_keep >= 0, f"logits_to_keep must be at least 0, not {logits_to_keep}")
         if length > window and not self.config.mem_layers:
             raise ValueError(f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
+        held = [len(layer.tensors[0]) for layer in cache.layers[:1] if layer.tensors]
+        require(held in ([], [B]), f"input_ids has {B} rows, and the cache is of {held}")
         real = None
         if attention_mask is not None:
             require(attention_mask.shape == (B, T), f"attention_mask must be {(B, T)}, not {tuple(attention_mask.shape)}")
@@ -807,7 +829,7 @@ class LongLlama(nn.Module):
             memory = cache.layers[i].memory
             if only_remember and i == max(self.config.mem_layers):
                 keys_values = layer.self_attn.keys_values(layer.input_layernorm(x))  # (B * W, G, T, D)
-                memory.append(*(x.unflatten(0, (-1, W)).transpose(1, 2).flatten(2, 3) for x in keys_values))
+                memory.append(*(part.unflatten(0, (-1, W)).transpose(1, 2).flatten(2, 3) for part in keys_values))
                 break
             x = layer(x, rope, partial(attend_windows, W=W, memory=memory, real=cache.real))
         cache.memory_length += input_ids.shape[1]
@@ -854,7 +876,8 @@ class LongLlama(nn.Module):
             logits, cache = self(input_ids, cache, attention_mask, last_context_length, logits_to_keep=1)
             ids = sample(logits[:, -1].float(), temperature, top_k, top_p, rng).masked_fill(ended, self.config.pad_token_id)
             yield ids
-            ended |= ids == eos if eos is not None else False
+            if eos is not None:
+                ended |= ids == eos
             if ended.all():
                 return
             input_ids, attention_mask = ids[:, None], None

@@ -5,8 +5,8 @@
     python benchmarks/memory.py --keep-local 0,16,64,128                              # what an overflow leaves local
 
 The first two: pass keys found in prompts of --length tokens, perplexity of the text with 64 windows in memory, the time to read a
-prompt and to write a token after it, and how far the last logits are from those with all of memory in float32, as a share of
-their size. The third: perplexity of the tokens right after an overflow, by how many tokens ago that was.
+prompt and to write a token after it, and how far the logits of the key's first token are from those with all of memory in
+float32, as a share of their size. The third: perplexity of the tokens right after an overflow, by how many tokens ago that was.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import perplexity
 
-from examples.passkey import GRASS, measure, parse_lengths, share
+from examples.passkey import GRASS, measure, parse_lengths, prompt_ids, share, short
 from generate import DTYPES, TINY, load, number, pick_device
 from longllama import MEM_DTYPES, Cache, LongLlama
 
@@ -47,7 +47,16 @@ def read_and_write(model: LongLlama, ids: torch.Tensor) -> tuple[torch.Tensor, f
 
 def memory_table(args: argparse.Namespace) -> list[list[str]]:
     rows = [
-        ["memory", "K", "bytes/token", "logit error", "perplexity", f"pass keys, {args.length}", "read, s", "ms/token"]
+        [
+            "memory",
+            "K",
+            "bytes/token",
+            "logit error",
+            "perplexity",
+            f"pass keys, {short(args.length)}",
+            "read, s",
+            "ms/token",
+        ]
     ]
     variants = [("float32", None)] + [
         (d, k) for d in args.mem_dtype for k in args.mem_topk if (d, k) != ("float32", None)
@@ -56,7 +65,8 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     for mem_dtype, mem_topk in variants:
         model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
         book = tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False)
-        prompt = (book * (args.length // len(book) + 1))[: args.length]
+        rng = torch.Generator().manual_seed(args.seed)
+        prompt = prompt_ids(tokenizer, args.length, 0.3, "71428", book, rng)
         logits, reading, writing, size = read_and_write(model, torch.tensor([prompt], device=args.device))
         right = logits if right is None else right
         fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}

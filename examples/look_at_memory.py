@@ -94,7 +94,7 @@ def memory_scores(q: Tensor, memory: Memory) -> Tensor:
     """The scores (H, M) of q (1, H, 1, D) over all tokens remembered; -inf where a head does not attend."""
     if memory.scales:  # float8: as in Memory.attend, the query carries what the keys were divided by
         q = q * memory.scales[0].repeat_interleave(q.shape[1] // memory.scales[0].shape[1], dim=1).float()
-    scores = torch.cat([key_scores(q, k) for k, _, _ in memory.on(q.device, None)], dim=-1)
+    scores = torch.cat([key_scores(q, k) for k, _, _ in memory.blocks_on(q.device, None)], dim=-1)
     if memory.topk is not None and memory.topk < memory.length:
         best, at = scores.topk(memory.topk)
         scores = torch.full_like(scores, -torch.inf).scatter(-1, at, best)
