@@ -659,7 +659,7 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- Windows
 
-AT_ONCE = 4096  # tokens of whole windows that are read as one batch, in each row
+AT_ONCE = 2048  # tokens of whole windows that are read as one batch, in each row
 
 
 class Piece(NamedTuple):

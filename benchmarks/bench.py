@@ -334,13 +334,13 @@ def main():
     for variant in variants[len(args.mem_dtype) :]:
         check(*variant, model)
     for i in range(args.repeats):
-        peaks.append(measure_peaks(args.device, args.dtype))
         for line in [line for line in lines if grown[line] is not None]:
             print(f"repeat {i + 1}:", *line, file=sys.stderr)
             T, *variant = line
+            peaks.append(measure_peaks(args.device, args.dtype))
             runs[line].append(measure(reader(*variant, model), model, args.batch, T, args.decode))
 
-    peaks = [max(x) for x in zip(*peaks)]
+    peaks = [median(x) for x in zip(*peaks)]
     print(f"torch {torch.__version__}, {device_name(args.device)}, {args.dtype}")
     print(f"shape {args.shape}, batch {args.batch}, medians of {args.repeats}")
     print(f"matmul peak {peaks[0] / 1e9:,.0f} GFLOP/s, read bandwidth {peaks[1] / 1e9:,.1f} GB/s\n")
