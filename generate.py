@@ -51,7 +51,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--model", type=Path, default=TINY, metavar="DIR", help="default: the tiny model that comes along"
     )
-    parser.add_argument("--max-new-tokens", type=number(int, 0), default=100, metavar="N")
+    parser.add_argument("--max-new-tokens", type=number(int, 0), default=100, metavar="N", help="default 100")
     parser.add_argument(
         "--temperature", type=number(float, 0), default=0.8, metavar="X", help="0: always the likeliest (default 0.8)"
     )
@@ -67,9 +67,11 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU"
     )
     parser.add_argument(
-        "--last-context-length", type=number(int, 1), metavar="N", help="so many last tokens stay local"
+        "--last-context-length", type=number(int, 1), metavar="N", help="so many last tokens of the prompt stay local"
     )
-    parser.add_argument("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")
+    parser.add_argument(
+        "--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as (default: what config.json says)"
+    )
     parser.add_argument("--mem-attention-grouping", type=number(int, 1), nargs=2, metavar=("H", "Q"),
                         help="attend to memory with at most H heads x Q queries at once: less memory, more time")  # fmt: skip
     parser.add_argument(
@@ -79,7 +81,10 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         "--mem-topk", type=number(int, 1), metavar="K", help="attend to each query's K best tokens of memory only"
     )
     parser.add_argument(
-        "--keep-local", type=number(int, 0), metavar="N", help="when the window is full, keep its newest N tokens local"
+        "--keep-local",
+        type=number(int, 0),
+        metavar="N",
+        help="when the window is full, its newest N tokens stay local (default 0)",
     )
     parser.add_argument("--save-memory", type=Path, metavar="FILE", help="write what the prompt left in memory")
     parser.add_argument("--load-memory", type=Path, metavar="FILE", help="continue what --save-memory wrote")
@@ -100,6 +105,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -167,16 +174,16 @@ def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> 
             made_with = json.loads((file.metadata() or {}).get("longllama", "{}"))
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: --save-memory writes such a file") from None
+        raise FileNotFoundError(f"{path} is missing: it should be a saved memory") from None
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no saved memory, or a broken one: {first_line(error)}") from None
     if "weights" not in made_with:
-        raise ValueError(f"{path} is no saved memory: --save-memory writes such a file")
+        raise ValueError(f"{path} is no saved memory")
     for name, value in settings(model).items():
         if made_with.get(name) != value:
             raise ValueError(
-                f"{path} was made with {name} {made_with.get(name)}, but this model has {value}: use the model and settings "
-                "that made it, or read the prompt again"
+                f"{path} was made with {name} {made_with.get(name)}, and this is {value}: use the same model, "
+                "--dtype and --mem-dtype, or read the prompt again"
             )
     cache, device = Cache(model.config, new_memory), model.norm.weight.device
     cache.local_length, cache.memory_length = made_with["local_length"], made_with["memory_length"]

@@ -31,7 +31,7 @@ The axes of tensors:
 import json
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -108,7 +108,7 @@ class LongLlamaConfig:
         require(fits, f"mem_attention_grouping must be null or [heads, queries] of at least 1, not {grouping!r}")
         require(self.mem_device in (None, "cpu"), f'mem_device must be null or "cpu", not {self.mem_device!r}')
         fits = type(self.keep_local) is int and 0 <= self.keep_local < self.max_position_embeddings
-        require(fits, f"keep_local must be at least 0 and less than the window, not {self.keep_local!r}")
+        require(fits, f"keep_local must be at least 0 and less than {self.max_position_embeddings}, not {self.keep_local!r}")
 
     @property
     def head_dim(self) -> int:
@@ -125,13 +125,13 @@ class LongLlamaConfig:
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
             raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
             raw["rope_type"] = rope.get("rope_type", rope.get("type"))
-            config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None} | overrides)
+            config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
             computed = {"rope_type": "default", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
             for name, value in (computed | {"head_dim": config.head_dim}).items():
                 require(raw.get(name) in (None, value), f"{name} {raw.get(name)!r} is not supported, only {value!r}")
-            return config
         except (ValueError, TypeError, AttributeError) as error:  # broken JSON is a ValueError
             raise ValueError(f"{path}: {error}") from None
+        return replace(config, **overrides)
 
     def to_json(self, path: str | Path, dtype: torch.dtype):
         extra = {"architectures": ["LongLlamaForCausalLM"], "model_type": "longllama", "hidden_act": "silu"}
@@ -749,7 +749,10 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     views = [name for name, x in tensors.items() if x.nbytes < x.untyped_storage().nbytes()]  # safetensors takes none
     copies = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in views}
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # that of files here; safetensors' are for their owner only
         save_file(tensors | copies, unfinished, metadata)
+        unfinished.chmod(mode)
         unfinished.replace(path)
     except SafetensorError as error:  # so it calls a full disk too
         raise OSError(f"{path} cannot be written: {error}") from None

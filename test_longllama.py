@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -663,9 +664,19 @@ def test_an_interrupted_save_leaves_what_there_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate.save_memory(path, cache, model)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+    def full(tensors, unfinished, metadata):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(longllama, "save_file", full)
+    with pytest.raises(OSError, match="cannot be written: No space"):
+        generate.save_memory(path, cache, model)
     monkeypatch.undo()
-    with pytest.raises(OSError, match="cannot be written"):
+    with pytest.raises(OSError, match="missing"):
         generate.save_memory(tmp_path / "missing" / "memory", cache, model)
+    generate.save_memory(path, cache, model)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_gradients_flow_through_memory():

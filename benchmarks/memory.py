@@ -130,7 +130,7 @@ def parse_counts(text: str) -> list[int]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, default=TINY, metavar="DIR")
     parser.add_argument("--mem-dtype", type=parse_dtypes, default="float32", metavar="D,...")
     parser.add_argument("--mem-topk", type=parse_topk, default="all", metavar="K,...", help="such as 16,64,all")

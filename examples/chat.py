@@ -188,7 +188,8 @@ class Conversation:
             raise ValueError(f"{name} needs the name of a file")
         if name == "/save":
             self.save(file)
-        elif name == "/load":
+            return f"saved to {file}"
+        if name == "/load":
             self.past = Past(load_memory(file, self.model))
         elif name == "/reset":
             self.past = self.start
