@@ -151,7 +151,11 @@ def settings(model: LongLlama) -> dict:
 
 
 def save_memory(path: Path, cache: Cache, model: LongLlama):
-    """Writes all that the cache knows to a safetensors file, whole or not at all. Raises OSError."""
+    """Writes all that the cache knows to a safetensors file, whole or not at all. Raises OSError.
+
+    Layer i has the tensors "i.local.j", keys, values and, with a memory, unrotated keys; "i.memory.k.b" and "i.memory.v.b" of
+    block b; and, of float8, "i.memory.scale.j". "real" tells padding. Shapes are those of LocalCache, Memory and Cache.
+    """
     tensors = {} if cache.real is None else {"real": cache.real}
     for i, layer in enumerate(cache.layers):
         groups = {f"{i}.local": layer.filled()}
