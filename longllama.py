@@ -509,15 +509,17 @@ class LocalCache:
 
     def restart(self, keep: int):
         """All but the newest `keep` tokens move into memory, or are forgotten; those stay, at positions from 0 on."""
-        moved, (k, v, *unrotated) = self.length - keep, self.filled()
+        moved, D = self.length - keep, self.config.head_dim
+        old, kept = zip(*(x[..., :D].split((moved, keep), dim=2) for x in self.filled()))
         if self.memory is not None:
-            self.memory.append(*(x[:, :, :moved, : self.config.head_dim] for x in (*unrotated, v)))
-        if self.rotates:
-            back = rope_table(-moved, 1, self.config, k.device)
-            k = rotate(k[..., : self.config.head_dim], back)
+            _, v, unrotated = old
+            self.memory.append(unrotated, v)
         self.tensors, self.length = [], 0
         if keep:
-            self.append(*(x[:, :, moved:, : self.config.head_dim] for x in (k, v, *(unrotated or [k]))))
+            k, v, *unrotated = kept
+            if self.rotates:  # RoPE's angles add up, so keys are turned back by as many positions as tokens moved
+                k = rotate(k, rope_table(-moved, 1, self.config, k.device))
+            self.append(k, v, *(unrotated or [k]))
 
     def fork(self) -> "LocalCache":
         twin = copy(self)
@@ -555,7 +557,7 @@ class Cache:
     def restart(self, keep: int = 0):
         """The local context ends, and the next starts at position 0: of all but the newest `keep` tokens, which stay local,
         memory layers remember keys and values, and the other layers nothing."""
-        moved = self.local_length - max(keep, 0)
+        moved = self.local_length - keep
         if moved > 0:
             for layer in self.layers:
                 layer.restart(keep)
