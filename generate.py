@@ -110,6 +110,16 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+def check_new_file(flag: str, path: Path):
+    """Said before the work whose result is to be written there."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: name a file in a folder that exists")
+
+
 def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return args.prompt
@@ -277,8 +287,8 @@ def compile_layers(model: LongLlama):
 
 def run(args: argparse.Namespace):
     device = pick_device(args.device)
-    if args.save_memory and (args.save_memory.is_dir() or not args.save_memory.absolute().parent.is_dir()):
-        raise ValueError(f"--save-memory {args.save_memory}: name a file in a folder that exists")
+    if args.save_memory:
+        check_new_file("--save-memory", args.save_memory)
     prompt = read_prompt(args)
     if args.load_memory and not prompt:
         raise ValueError("--load-memory goes on from a text that was read: the prompt must not be empty")
@@ -335,7 +345,7 @@ def main():
             sys.exit(0)
         parser.error(first_line(error))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         parser.error(
             "out of memory: try a shorter prompt, --dtype bfloat16, --mem-dtype bfloat16 or --mem-attention-grouping 1 256"

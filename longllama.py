@@ -90,9 +90,14 @@ class LongLlamaConfig:
         object.__setattr__(self, "mem_attention_grouping", grouping and tuple(grouping))
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             if name.endswith("_token_id"):
                 require(type(value) is int and 0 <= value < self.vocab_size, f"{name} must be below vocab_size, not {value!r}")
-            elif field.type in counts and name != "keep_local" and not (name == "mem_topk" and value is None):
+            elif name == "keep_local":
+                fits = type(value) is int and 0 <= value < self.max_position_embeddings
+                require(fits, f"keep_local must be at least 0 and less than {self.max_position_embeddings}, not {value!r}")
+            elif field.type in counts:
                 require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
             elif field.type is bool:
                 require(type(value) is bool, f"{name} must be true or false, not {value!r}")
@@ -107,8 +112,6 @@ class LongLlamaConfig:
         fits = grouping is None or (len(grouping) == 2 and all(map(is_count, grouping)))
         require(fits, f"mem_attention_grouping must be null or [heads, queries] of at least 1, not {grouping!r}")
         require(self.mem_device in (None, "cpu"), f'mem_device must be null or "cpu", not {self.mem_device!r}')
-        fits = type(self.keep_local) is int and 0 <= self.keep_local < self.max_position_embeddings
-        require(fits, f"keep_local must be at least 0 and less than {self.max_position_embeddings}, not {self.keep_local!r}")
 
     @property
     def head_dim(self) -> int:
@@ -352,7 +355,8 @@ def float8_scale(x: Tensor) -> Tensor:
     """What to divide keys or values by, so as to store them as float8, from the first ones x (B, G, n, D): (B, G, 1, 1).
 
     float8_e4m3fn keeps four binary digits of numbers from 2**-6 to 448. The scale of each head, a power of two, so that it
-    rounds nothing, puts the largest number of x at 1/2 to 1; what comes later may be 448 times as large, or 32 times smaller.
+    rounds nothing, puts the largest number of x at 1/2 to 1. What comes later may be 448 times as large before it is cut off,
+    and keeps its digits down to a 32nd.
     """
     largest = x.detach().float().abs().amax(dim=(2, 3), keepdim=True)
     return torch.where(largest > 0, largest, 1).log2().ceil().exp2()
@@ -435,7 +439,7 @@ class Memory:
         return (out * scales[1] if scales else out), lse
 
     def blocks_on(self, device: torch.device, real: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """The blocks on a device, with their part of `real`."""
+        """The blocks on a device, each with its part of `real`: keys and values (B, G, n, D), and (B, 1, n, 1) or None."""
         sizes = [k.shape[2] for k, _ in self.blocks]
         reals = [None] * len(sizes) if real is None else real[:, :, : self.length].split(sizes, dim=2)
         yield from ((*block, real) for block, real in zip(stream(self.blocks, device), reals))
@@ -804,8 +808,8 @@ class LongLlama(nn.Module):
         require(logits_to_keep >= 0, f"logits_to_keep must be at least 0, not {logits_to_keep}")
         if length > window and not self.config.mem_layers:
             raise ValueError(f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
-        held = [len(layer.tensors[0]) for layer in cache.layers[:1] if layer.tensors]
-        require(held in ([], [B]), f"input_ids has {B} rows, and the cache is of {held}")
+        for x in cache.layers[0].tensors:
+            require(len(x) == B, f"input_ids has {B} rows, and the cache has {len(x)}")
         real = None
         if attention_mask is not None:
             require(attention_mask.shape == (B, T), f"attention_mask must be {(B, T)}, not {tuple(attention_mask.shape)}")

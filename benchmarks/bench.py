@@ -31,7 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.passkey import parse_lengths
-from generate import DTYPES, TINY, number, pick_device, process_peak
+from generate import DTYPES, TINY, number, out_of_memory, pick_device, process_peak
 from longllama import MEM_DTYPES, Cache, LongLlama, LongLlamaConfig
 
 FIELDS = (
@@ -269,8 +269,7 @@ def growth(*line) -> int | None:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         future = pool.submit(measure_growth, *line)
         error = future.exception()
-    killed = isinstance(error, (BrokenExecutor, MemoryError, torch.OutOfMemoryError))
-    return None if killed or "allocate memory" in str(error) else future.result()
+    return None if isinstance(error, BrokenExecutor) or out_of_memory(error) else future.result()
 
 
 def row(args: argparse.Namespace, model: LongLlama, T: int, name: str, runs: list, base: list, growth: int, peaks):

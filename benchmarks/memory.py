@@ -12,6 +12,7 @@ float32, as a share of their size. The third: perplexity of the tokens right aft
 import argparse
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +31,7 @@ WINDOWS = 64  # of memory, for perplexity
 BEFORE = 8  # windows read before an overflow
 STEPS = 32  # tokens written to take the time of one
 SINCE = (1, 4, 16, 64)  # tokens since an overflow
+COLUMNS = ["memory", "K", "bytes/token", "logit error", "perplexity"]
 
 
 @torch.no_grad()
@@ -46,23 +48,9 @@ def read_and_write(model: LongLlama, ids: torch.Tensor) -> tuple[torch.Tensor, f
 
 
 def memory_table(args: argparse.Namespace) -> list[list[str]]:
-    rows = [
-        [
-            "memory",
-            "K",
-            "bytes/token",
-            "logit error",
-            "perplexity",
-            f"pass keys, {short(args.length)}",
-            "read, s",
-            "ms/token",
-        ]
-    ]
-    variants = [("float32", None)] + [
-        (d, k) for d in args.mem_dtype for k in args.mem_topk if (d, k) != ("float32", None)
-    ]
-    right = None
-    for mem_dtype, mem_topk in variants:
+    rows = [COLUMNS + [f"pass keys, {short(args.length)}", "read, s", "ms/token"]]
+    exact, right = ("float32", None), None
+    for mem_dtype, mem_topk in [exact, *(x for x in product(args.mem_dtype, args.mem_topk) if x != exact)]:
         model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
         book = tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False)
         rng = torch.Generator().manual_seed(args.seed)
@@ -112,11 +100,7 @@ def overflow_table(args: argparse.Namespace) -> list[list[str]]:
 
 
 def parse_topk(text: str) -> list[int | None]:
-    return [
-        None if part == "all" else n
-        for part in text.split(",")
-        for n in ([0] if part == "all" else parse_lengths(part))
-    ]
+    return [None if part == "all" else number(int, 1)(part) for part in text.split(",")]
 
 
 def parse_dtypes(text: str) -> list[str]:
@@ -145,6 +129,8 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     args = parser.parse_args()
     try:
+        if len(args.length) > 1:
+            raise ValueError("--length takes one length, such as 64k")
         args.device, args.length = pick_device(args.device), args.length[0]
         rows = overflow_table(args) if args.keep_local else memory_table(args)
     except (OSError, ValueError) as error:

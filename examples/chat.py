@@ -20,7 +20,19 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generate import DTYPES, TINY, Progress, first_line, load, load_memory, number, pick_device, save_memory
+from generate import (
+    DTYPES,
+    TINY,
+    Progress,
+    check_new_file,
+    first_line,
+    load,
+    load_memory,
+    number,
+    out_of_memory,
+    pick_device,
+    save_memory,
+)
 from longllama import MEM_DTYPES, Cache, LongLlama
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -48,7 +60,7 @@ def failures():
     except (OSError, ValueError) as error:
         raise Failure(first_line(error)) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         raise Failure("out of memory: try --dtype bfloat16, --mem-dtype bfloat16 or --mem-device cpu") from None
 
@@ -168,8 +180,7 @@ class Conversation:
             self.past = past
 
     def save(self, path: Path):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"/save {path}: name a file in a folder that exists")
+        check_new_file("/save", path)
         self.past = self.read(self.past, [])  # a saved memory has no unread ids
         save_memory(path, self.past.cache, self.model)
 

@@ -24,7 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generate import DTYPES, TINY, Progress, first_line, load, number, pick_device, read_prompt, warnings
+from generate import (
+    DTYPES,
+    TINY,
+    Progress,
+    check_new_file,
+    first_line,
+    load,
+    number,
+    out_of_memory,
+    pick_device,
+    read_prompt,
+    warnings,
+)
 from longllama import MEM_DTYPES, Cache, LocalCache, LongLlama, LongLlamaConfig, Memory, fold, score
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
@@ -688,8 +700,8 @@ def check(args: argparse.Namespace, T: int, config: LongLlamaConfig):
 
 
 def run(args: argparse.Namespace):
-    if args.html and (args.html.is_dir() or not args.html.absolute().parent.is_dir()):
-        raise ValueError(f"--html {args.html}: name a file in a folder that exists")
+    if args.html:
+        check_new_file("--html", args.html)
     device, prompt = pick_device(args.device), read_prompt(args)
     names = ("last_context_length", "keep_local", "mem_dtype", "mem_topk")
     model, tokenizer = load(args.model, device, args.dtype, **{name: getattr(args, name) for name in names})
@@ -722,6 +734,10 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         parser.error(first_line(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        parser.error("out of memory: try a shorter prompt, --dtype bfloat16 or --mem-dtype bfloat16")
     except KeyboardInterrupt:
         sys.exit(130)
 
