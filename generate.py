@@ -279,10 +279,18 @@ def statistics(
 
 
 def compile_layers(model: LongLlama):
-    """Compiles what holds no cache: its lengths change with every token, and each would be compiled anew."""
+    """Compiles all of the layers but attention: its lengths change with every token, and each would be compiled anew.
+
+    Steps of one token, whose shapes never change, are captured in CUDA graphs on a GPU.
+    """
+
+    def compiled(part: Callable) -> Callable:
+        step, many = torch.compile(part, mode="reduce-overhead", dynamic=False), torch.compile(part, dynamic=True)
+        return lambda x, *args: (step if x.shape[1] == 1 else many)(x, *args)
+
     for layer in model.layers:
-        layer.mlp.compile(dynamic=True)
-        layer.self_attn.project = torch.compile(layer.self_attn.project, dynamic=True)
+        layer.project, layer.update = compiled(layer.project), compiled(layer.update)
+    model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
 
 def run(args: argparse.Namespace):

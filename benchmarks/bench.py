@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py --shape mid --prompt-tokens 2k,16k --compare naive,sdpa,transformers
     python benchmarks/bench.py --shape mid --prompt-tokens 16k --mem-dtype float32,bfloat16 --compare ""
-    python benchmarks/bench.py --shape 3b --device cuda --prompt-tokens 2k,16k,256k,1M --compare naive,sdpa,transformers
+    python benchmarks/bench.py --shape 3b --device cuda --compile --prompt-tokens 2k,16k,256k,1M --compare naive,sdpa,transformers
 
 naive         the same model written plainly: one matrix of all scores, keys and values concatenated at every step
 sdpa          naive, but with scaled_dot_product_attention and a mask over the concatenated keys
@@ -31,7 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.passkey import parse_lengths
-from generate import DTYPES, TINY, number, out_of_memory, pick_device, process_peak
+from generate import DTYPES, TINY, compile_layers, number, out_of_memory, pick_device, process_peak
 from longllama import MEM_DTYPES, Cache, LongLlama, LongLlamaConfig
 
 FIELDS = (
@@ -60,6 +60,13 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> LongLl
     model = model.to(dtype).to_empty(device=device).eval()
     for p in model.parameters():
         p.data.normal_(std=config.hidden_size**-0.5) if p.dim() > 1 else p.data.fill_(1)
+    return model
+
+
+def bench_model(args: argparse.Namespace) -> LongLlama:
+    model = random_model(args.shape, args.device, args.dtype)
+    if args.compile:
+        compile_layers(model)  # which only longllama computes with; the others take its weights
     return model
 
 
@@ -248,7 +255,7 @@ def measure(read: Callable, model: LongLlama, B: int, T: int, steps: int) -> tup
     return prefill, mean(times[1:]), mean(lengths[1:]), cache.memory_bytes
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def measure_growth(args: argparse.Namespace, T: int, name: str, mem_dtype: str) -> int:
     """Bytes taken at the most beside the weights. In a process of its own, for a process's peak never falls."""
     on_cpu = args.device.type == "cpu"
@@ -257,7 +264,7 @@ def measure_growth(args: argparse.Namespace, T: int, name: str, mem_dtype: str) 
 
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    model = random_model(args.shape, args.device, args.dtype)
+    model = bench_model(args)
     read, peak = reader(name, mem_dtype, model), process_peak if on_cpu else torch.cuda.max_memory_allocated
     before = peak()
     measure(read, model, args.batch, T, steps=2)
@@ -294,6 +301,7 @@ def arguments() -> argparse.Namespace:
     add("--repeats", type=number(int, 1), default=3, metavar="N")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--compile", action="store_true", help="compile longllama's layers, as generate.py --compile does")
     add("--mem-dtype", default="bfloat16", metavar="D,...", help="one or more, for longllama; the others use the first")
     add("--compare", default="naive,sdpa", metavar="NAME,...", help=f"some of {', '.join(COMPARED)}, or '' for none")
     args = parser.parse_args()
@@ -320,7 +328,7 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} CPU threads"
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def main():
     args = arguments()
     variants = [("longllama", d) for d in args.mem_dtype] + [(name, args.mem_dtype[0]) for name in args.compare]
@@ -329,9 +337,11 @@ def main():
     for line in lines:  # first, while this process is small: a child's peak begins at its parent's
         print("memory:", *line, file=sys.stderr)
         grown[line] = growth(args, *line)
-    model = random_model(args.shape, args.device, args.dtype)
+    model = bench_model(args)
     for variant in variants[len(args.mem_dtype) :]:
         check(*variant, model)
+    if args.compile:  # before anything is timed: batches of windows, and steps as often as it takes to capture them
+        measure(reader(*variants[0], model), model, args.batch, 4 * model.config.max_position_embeddings, steps=4)
     for i in range(args.repeats):
         for line in [line for line in lines if grown[line] is not None]:
             print(f"repeat {i + 1}:", *line, file=sys.stderr)
