@@ -29,7 +29,9 @@ from torch import Tensor
 from longllama import LongLlama, LongLlamaConfig, find_weights, shard_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+NAMES = {  # in a safetensors file
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3", torch.bool: "BOOL",
+}  # fmt: skip
 
 Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
 
@@ -45,7 +47,7 @@ def read_weights(folder: Path) -> Weights:
 
 
 def safetensors_weights(folder: Path) -> Iterator:
-    dtypes = {short: dtype for dtype, short in SAFETENSORS_DTYPES.items()}
+    dtypes = {NAMES[dtype]: dtype for dtype in DTYPES.values()}
 
     def read(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:  # opened for each tensor, so that the one before is let go
@@ -74,28 +76,47 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is broken, or holds more than tensors: {str(error).splitlines()[0]}") from None
-    if not isinstance(tensors, dict) or not all(
-        getattr(x, "dtype", None) in SAFETENSORS_DTYPES for x in tensors.values()
-    ):
+    if not isinstance(tensors, dict) or not all(getattr(x, "dtype", None) in DTYPES.values() for x in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of float32, bfloat16 or float16 tensors")
     return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def write_weights(path: Path, weights: Weights, dtype: torch.dtype | None):
-    """Writes model.safetensors tensor by tensor: an 8-byte header length, a JSON header, the data (safetensors' own writer
-    wants all tensors in memory at once)."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, stored, _) in weights.items():
+def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dtype: torch.dtype | None = None):
+    """Writes a safetensors file, in dtype or as the weights are: to a temporary name, and then renames it. Raises OSError.
+
+    Tensor by tensor (safetensors' own writer wants all in memory at once): an 8-byte header length, a JSON header, the data.
+    """
+    header, offset = {"__metadata__": metadata}, 0
+    ordered = sorted(weights.items(), key=lambda item: -(dtype or item[1][1]).itemsize)  # so that all are aligned
+    for name, (shape, stored, _) in ordered:
         end = offset + torch.Size(shape).numel() * (dtype or stored).itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype or stored], "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {"dtype": NAMES[dtype or stored], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, _, read in weights.values():
-            tensor = read()
-            file.write(tensor.to(dtype or tensor.dtype).contiguous().view(torch.uint8).numpy().data)
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, (_, stored, read) in ordered:
+                file.write(read().to(dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def in_memory(tensors: dict[str, Tensor]) -> Weights:
+    return {name: (list(x.shape), x.dtype, x.detach) for name, x in tensors.items()}
+
+
+def save_pretrained(model: LongLlama, folder: str | Path):
+    """Writes config.json and model.safetensors, in the parameters' dtype. Raises OSError."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", in_memory(model.hf_tensors()), {"format": "pt"})
+    model.config.to_json(folder / "config.json", model.norm.weight.dtype)
 
 
 def hf_config(config: LongLlamaConfig, dtype: torch.dtype, path: Path):
@@ -123,7 +144,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as name:
         made = Path(name)
-        write_weights(made / "model.safetensors", weights, dtype)
+        write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
         (hf_config(config, saved, made / "config.json") if to_hf else config.to_json(made / "config.json", saved))
         if (source / "tokenizer.model").is_file():
             shutil.copyfile(source / "tokenizer.model", made / "tokenizer.model")

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longllama import MEM_DTYPES, Cache, LongLlama, Memory, write_safetensors
+from convert import DTYPES, in_memory, write_safetensors
+from longllama import MEM_DTYPES, Cache, LongLlama, Memory
 from tokenizer import StreamDecoder, Tokenizer
 
 TINY = Path(__file__).resolve().parent / "tiny"
 # What may change between a saved memory and the model that goes on from it.
 FREE_SETTINGS = ("last_context_length", "mem_attention_grouping", "mem_topk", "mem_device", "keep_local")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
@@ -174,7 +174,7 @@ def save_memory(path: Path, cache: Cache, model: LongLlama):
             groups |= {f"{i}.memory.k": keys, f"{i}.memory.v": values, f"{i}.memory.scale": layer.memory.scales}
         tensors |= {f"{group}.{j}": x for group, xs in groups.items() for j, x in enumerate(xs)}
     lengths = {"local_length": cache.local_length, "memory_length": cache.memory_length}
-    write_safetensors(path, tensors, {"longllama": json.dumps(settings(model) | lengths)})
+    write_safetensors(path, in_memory(tensors), {"longllama": json.dumps(settings(model) | lengths)})
 
 
 def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> Cache:

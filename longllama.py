@@ -39,7 +39,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------- Config
@@ -755,23 +754,6 @@ def shard_names(index: Path) -> list[str]:
     return names
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
-    """Writes to a temporary name, and renames: there is never a half-written file under the name itself. Raises OSError."""
-    unfinished = path.with_name(path.name + ".part")
-    views = [name for name, x in tensors.items() if x.nbytes < x.untyped_storage().nbytes()]  # safetensors takes none
-    copies = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in views}
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # that of files here; safetensors' are for their owner only
-        save_file(tensors | copies, unfinished, metadata)
-        unfinished.chmod(mode)
-        unfinished.replace(path)
-    except SafetensorError as error:  # so it calls a full disk too
-        raise OSError(f"{path} cannot be written: {error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 # ----------------------------------------------------------------------------------------------------------- Model
 
 
@@ -924,12 +906,6 @@ class LongLlama(nn.Module):
         wrong = sorted(name for name in found.keys() | right if found.get(name) != right.get(name))
         listed = [f"{name} is {found.get(name, 'missing')}, not {right.get(name, 'expected')}" for name in wrong[:3]]
         require(not wrong, f"{where}: weights and config.json differ in {len(wrong)} tensors: {'; '.join(listed)}")
-
-    def save_pretrained(self, folder: str | Path):
-        """Writes config.json and model.safetensors, in the parameters' dtype."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_safetensors(Path(folder) / "model.safetensors", self.hf_tensors(), {"format": "pt"})
-        self.config.to_json(Path(folder) / "config.json", self.norm.weight.dtype)
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """The weights under Hugging Face's names: views, since q, k, v and gate, up are one matrix each here, for speed."""

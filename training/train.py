@@ -28,6 +28,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Corpus
 
+from convert import save_pretrained
 from longllama import LongLlama, LongLlamaConfig, cross_batch_extra
 from tokenizer import Tokenizer
 
@@ -249,7 +250,7 @@ class Trainer:
         if self.rank == 0:
             model = LongLlama(self.model.config)
             model.load_state_dict(weights)
-            model.to(torch.bfloat16).save_pretrained(self.args.output)
+            save_pretrained(model.to(torch.bfloat16), self.args.output)
             shutil.copyfile(self.args.tokenizer, self.args.output / "tokenizer.model")
             print(f"wrote {self.args.output}")
 
