@@ -1,0 +1,74 @@
+"""What the benchmarks claim to count and to compare, checked: python -m pytest benchmarks"""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import bench
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, HERE / script, *arguments], capture_output=True, text=True)
+
+
+def test_each_implementation_gets_a_line_of_numbers():
+    quick = ("--prompt-tokens", "300", "--decode", "2", "--repeats", "1", "--mem-dtype", "float32,bfloat16")
+    done = run("bench.py", "--shape", "tiny", *quick, "--compare", "naive,sdpa,transformers")
+    assert done.returncode == 0, done.stderr
+    lines = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in done.stdout.splitlines()
+        if line[:5] == "| 300"
+    ]
+    names = [(name, dtype) for _, name, dtype, *_ in lines]
+    others = [("naive", "float32"), ("sdpa", "float32"), ("transformers", "-")]
+    assert names == [("longllama", "float32"), ("longllama", "bfloat16"), *others]
+    for line in lines:
+        assert all(re.fullmatch(r"[\d,.]+%?", cell) for cell in line[3:]), line
+        weights, growth, memory, rest = (float(cell.replace(",", "")) for cell in line[-4:])
+        assert abs(growth - memory - rest) < 0.2 and weights > 5
+
+
+def test_an_implementation_that_computes_something_else_is_not_timed(monkeypatch):
+    model = bench.random_model("tiny", CPU, torch.float32)
+    with torch.no_grad():
+        bench.check("naive", "float32", model)
+        right = bench.naive_attention
+        monkeypatch.setattr(bench, "naive_attention", lambda q, k, v, seen: right(q, k, v, seen.roll(1, dims=1)))
+        with pytest.raises(SystemExit, match="logits of naive differ"):
+            bench.check("naive", "float32", model)
+
+
+@pytest.mark.parametrize("T", [5, 8, 9, 21, 50])
+def test_prefill_flops_are_what_counting_token_by_token_gives(T):
+    config = bench.random_model("tiny", CPU, torch.float32).config
+    config = replace(config, num_hidden_layers=4, mem_layers=(1, 2), max_position_embeddings=16, last_context_length=8)
+    C, inner, prefix = config.hidden_size, config.intermediate_size, max(T - 8, 0)
+    count = config.vocab_size * C  # multiply-adds: the last token's logits
+    for t in range(T):
+        start = t // 16 * 16 if t < prefix else prefix  # of its local context
+        for layer in range(4):
+            if t < prefix and layer == 2:
+                count += 2 * C * C  # keys and values alone
+            if t < prefix and layer >= 2:
+                continue
+            keys = t - start + 1 + (start if layer in (1, 2) else 0)
+            count += 4 * C * C + 3 * C * inner + 2 * C * keys
+    assert bench.prefill_flops(config, 3, T, 8) == 3 * 2 * count
+
+
+def test_the_dry_run_needs_torch_with_cuda_and_no_gpu():
+    done = run("dry_run.py", "--shape", "mid", "--prompt-tokens", "2k")
+    if torch.version.cuda is None:
+        assert done.returncode == 2 and "built without CUDA" in done.stderr
+    else:
+        assert done.returncode == 0 and "| 2,048 | 0.11 | 0.01 |" in done.stdout, done.stdout + done.stderr
