@@ -7,7 +7,8 @@ Our folder is config.json, one model.safetensors under Hugging Face's tensor nam
 weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept.
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
-tensors, and no file outside the input folder is opened.
+tensors, and no file outside the input folder is opened. `write_safetensors` is the one writer of such files, also for
+`save_pretrained` and for the memories that generate.py saves.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from longllama import LongLlama, LongLlamaConfig, find_weights, shard_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {  # in a safetensors file
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3", torch.bool: "BOOL",
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.bool: "BOOL",
 }  # fmt: skip
 
 Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
@@ -107,7 +109,8 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dt
         unfinished.unlink(missing_ok=True)
 
 
-def in_memory(tensors: dict[str, Tensor]) -> Weights:
+def as_weights(tensors: dict[str, Tensor]) -> Weights:
+    """Tensors, as `write_safetensors` wants them."""
     return {name: (list(x.shape), x.dtype, x.detach) for name, x in tensors.items()}
 
 
@@ -115,7 +118,7 @@ def save_pretrained(model: LongLlama, folder: str | Path):
     """Writes config.json and model.safetensors, in the parameters' dtype. Raises OSError."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", in_memory(model.hf_tensors()), {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
     model.config.to_json(folder / "config.json", model.norm.weight.dtype)
 
 

@@ -6,10 +6,12 @@ The continuation, and nothing else, goes to standard output. Warnings, progress 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from itertools import count, takewhile
 from pathlib import Path
@@ -18,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from convert import DTYPES, in_memory, write_safetensors
-from longllama import MEM_DTYPES, Cache, LongLlama, Memory
+from convert import DTYPES, as_weights, write_safetensors
+from longllama import MEM_DTYPES, Block, Cache, LongLlama, Memory
 from tokenizer import StreamDecoder, Tokenizer
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -88,7 +90,9 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     )
     parser.add_argument("--save-memory", type=Path, metavar="FILE", help="write what the prompt left in memory")
     parser.add_argument("--load-memory", type=Path, metavar="FILE", help="continue what --save-memory wrote")
-    parser.add_argument("--compile", action="store_true", help="compile the model's layers first (torch.compile)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers as they are first used: for GPUs and long texts"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, statistics or warnings")
     return parser, parser.parse_args()
 
@@ -174,7 +178,7 @@ def save_memory(path: Path, cache: Cache, model: LongLlama):
             groups |= {f"{i}.memory.k": keys, f"{i}.memory.v": values, f"{i}.memory.scale": layer.memory.scales}
         tensors |= {f"{group}.{j}": x for group, xs in groups.items() for j, x in enumerate(xs)}
     lengths = {"local_length": cache.local_length, "memory_length": cache.memory_length}
-    write_safetensors(path, in_memory(tensors), {"longllama": json.dumps(settings(model) | lengths)})
+    write_safetensors(path, as_weights(tensors), {"longllama": json.dumps(settings(model) | lengths)})
 
 
 def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> Cache:
@@ -281,15 +285,20 @@ def statistics(
 def compile_layers(model: LongLlama):
     """Compiles all of the layers but attention: its lengths change with every token, and each would be compiled anew.
 
-    Steps of one token, whose shapes never change, are captured in CUDA graphs on a GPU.
+    Steps of one token, whose shapes never change, are captured in CUDA graphs on a GPU. Raises ValueError.
     """
+    cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "cl" if sys.platform == "win32" else "g++")
+    if shutil.which(cxx) is None:
+        raise ValueError(f"--compile needs a C++ compiler, and there is no {cxx}: install one, or leave --compile out")
+    torch._dynamo.config.recompile_limit = 64  # batch sizes, dtypes, with and without memory: each is compiled once
 
     def compiled(part: Callable) -> Callable:
         step, many = torch.compile(part, mode="reduce-overhead", dynamic=False), torch.compile(part, dynamic=True)
-        return lambda x, *args: (step if x.shape[1] == 1 else many)(x, *args)
+        return lambda layer, x, *args: (step if x.shape[1] == 1 else many)(layer, x, *args)
 
+    project, update = compiled(Block.project), compiled(Block.update)
     for layer in model.layers:
-        layer.project, layer.update = compiled(layer.project), compiled(layer.update)
+        layer.project, layer.update = partial(project, layer), partial(update, layer)
     model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
 

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,11 +92,10 @@ class LongLlamaConfig:
             name, value = field.name, getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if name.endswith("_token_id"):
-                require(type(value) is int and 0 <= value < self.vocab_size, f"{name} must be below vocab_size, not {value!r}")
-            elif name == "keep_local":
-                fits = type(value) is int and 0 <= value < self.max_position_embeddings
-                require(fits, f"keep_local must be at least 0 and less than {self.max_position_embeddings}, not {value!r}")
+            limit = self.vocab_size if name.endswith("_token_id") else self.max_position_embeddings if name == "keep_local" else 0
+            if limit:
+                fits = type(value) is int and 0 <= value < limit
+                require(fits, f"{name} must be at least 0 and less than {limit}, not {value!r}")
             elif field.type in counts:
                 require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
             elif field.type is bool:
@@ -141,9 +141,9 @@ class LongLlamaConfig:
         Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------- Norm and RoPE
+# ------------------------------------------------------------------------------------------- Linear, norm and RoPE
 
-PARTS = 16  # of a weight: at least as many as the cores that read it
+PARTS = 16  # a weight is read as so many products at once, at least one for each core
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
 
 def has_flash(q: Tensor) -> bool:
     """Whether FlashAttention computes with q: on a GPU since Ampere, in half precision, with heads of at most 256."""
-    half = q.is_cuda and q.dtype != torch.float32 and q.shape[3] <= 256
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 256
     return half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
@@ -291,8 +291,8 @@ def attend(
 
     real: (B, 1, S, 1), shaped like keys, False where one is padding; None: all real. causal: T = S, and query t sees keys 0
     to t. k and v may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
-    The one place that knows kernels: fused ones that also return the log-sum-exp, else the formula, `rows` queries at once. (On
-    a GPU that is float32, padded batches and gradients.)
+    The one place that chooses kernels: fused ones that also return the log-sum-exp, where there is one; else the formula, `rows`
+    queries at once: few queries on a CPU; float32, padding or an old card on a GPU; gradients anywhere.
     """
     (B, H, T, D), G = q.shape, k.shape[1]
     if H != G and causal:  # folded, queries of several heads would stand in one causal triangle
@@ -479,7 +479,7 @@ class LocalCache:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: Tensor | None) -> Tensor:
         """T new tokens join the local context. They attend with one softmax to it and, in a memory layer, to all of memory
         (paper, section 3.1). real: (B, 1, tokens in memory and local context, 1), see `attend`."""
-        k, v = self.append(k, v, unrotated)
+        k, v = self.append([k, v] if self.memory is None else [k, v, unrotated])
         T, S = q.shape[2], self.length
         sets = [k, v] if real is None else [k, v, real[:, :, -S:]]
         if T == 1 or T == S:
@@ -491,11 +491,10 @@ class LocalCache:
             attended = merge(self.memory.attend(q, real), attended)
         return attended[0]
 
-    def append(self, k: Tensor, v: Tensor, unrotated: Tensor) -> list[Tensor]:
-        """Adds n tokens (B, G, n, D), and returns all rotated keys, and values."""
-        new = [k, v] if self.memory is None else [k, v, unrotated]
+    def append(self, new: list[Tensor]) -> list[Tensor]:
+        """Adds n tokens, what `tensors` holds of them, (B, G, n, D) each; returns all rotated keys, and values."""
         old, start = self.filled(), self.length
-        self.length += k.shape[2]
+        self.length += new[0].shape[2]
         if torch.is_grad_enabled():  # autograd keeps the earlier tensors, which must not be overwritten
             self.tensors = [torch.cat((x[..., : y.shape[3]], y), dim=2) for x, y in zip(old, new)] if old else new
             return self.tensors[:2]
@@ -518,10 +517,10 @@ class LocalCache:
             self.memory.append(unrotated, v)
         self.tensors, self.length = [], 0
         if keep:
-            k, v, *unrotated = kept
+            k, *others = kept
             if self.rotates:  # RoPE's angles add up, so keys are turned back by as many positions as tokens moved
                 k = rotate(k, rope_table(-moved, 1, self.config, k.device))
-            self.append(k, v, *(unrotated or [k]))
+            self.append([k, *others])
 
     def fork(self) -> "LocalCache":
         twin = copy(self)
@@ -629,10 +628,6 @@ class Attention(nn.Module):
         """(B, T, heads * D) -> (B, heads, T, D)."""
         return x.unflatten(-1, (-1, self.D)).transpose(1, 2)
 
-    def output(self, attended: Tensor) -> Tensor:
-        """(B, H, T, D) -> (B, T, C)."""
-        return self.o_proj(attended.transpose(1, 2).flatten(2).to(self.o_proj.weight.dtype))
-
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020)."""
@@ -656,14 +651,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: Rope, attend_to: AttendTo) -> Tensor:
-        """x (B, T, C) -> (B, T, C), in two parts without state, which can be compiled, around attention, which has it all."""
-        return self.update(x, attend_to(*self.project(x, rope)))
+        """x (B, T, C) -> (B, T, C): attention, which has all the state, between two parts without any, which can be compiled."""
+        attended = attend_to(*self.project(x, rope))  # (B, H, T, D)
+        return self.update(x, attended.transpose(1, 2).flatten(2).to(x.dtype))
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.self_attn.project(self.input_layernorm(x), rope)
 
     def update(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.self_attn.output(attended)
+        x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -672,33 +668,29 @@ class Block(nn.Module):
 AT_ONCE = 2048  # tokens of whole windows that are read as one batch, in each row
 
 
-class Piece(NamedTuple):
-    start: int  # of the new tokens, it is those from start
-    stop: int  # to stop - 1
-    keep: int  # before it, so many tokens of the local context stay local, and the others move into memory
-    windows: int  # n > 0: it is n windows of which nothing stays local; so they move into memory as they are read
+class Piece(NamedTuple):  # new tokens start to stop - 1
+    start: int
+    stop: int
+    keep: int  # so many of the local context's newest tokens stay local when the piece begins; the others move into memory
+    windows: int  # n > 0: it is n windows that move into memory as they are read; 0: it joins the local context
 
 
 def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[Piece]:
     """How T new tokens are read.
 
     The prefix, all but `last` tokens at the end, is read in windows of max_position_embeddings. On a fresh cache every window,
-    and then the end, is a local context of its own. Later they join the local context as long as both fit one window
-    together, and if not, its newest keep_local tokens. Without memory layers there is one piece.
+    and then the end, is a local context of its own. On a cache that holds something each joins the local context if both fit
+    one window; if not, only the newest keep_local tokens stay. Without memory layers there is one piece.
     """
     if not config.mem_layers:
         return [Piece(0, T, cache.local_length, 0)]
     window, fresh = config.max_position_embeddings, cache.local_length + cache.memory_length == 0
     prefix, local, keeps, pieces = max(T - last, 0), cache.local_length, [], []
-    starts = [*range(0, prefix, window), prefix]
-    cuts = list(zip(starts, [*starts[1:], T]))
+    cuts = list(pairwise([*range(0, prefix, window), prefix, T]))
     for start, stop in cuts:
-        n = stop - start
-        if fresh:
-            keeps.append(0)
-        else:
-            keeps.append(local if local + n <= window else max(min(config.keep_local, local, window - n), 0))
-        local = keeps[-1] + n
+        room = window - (stop - start)
+        keeps.append(0 if fresh else local if local <= room else max(min(config.keep_local, room), 0))
+        local = keeps[-1] + stop - start
     for (start, stop), keep, then in zip(cuts, keeps, [*keeps[1:], None]):
         windows = 1 if keep == 0 and then == 0 else 0
         if windows and pieces and pieces[-1].windows and stop - start == window and stop - pieces[-1].start <= AT_ONCE:
@@ -793,8 +785,8 @@ class LongLlama(nn.Module):
         require(T > 0, "input_ids must hold at least one token; an empty text starts from the bos token")
         require(is_count(last), f"last_context_length must be at least 1, not {last!r}")
         require(logits_to_keep >= 0, f"logits_to_keep must be at least 0, not {logits_to_keep}")
-        if length > window and not self.config.mem_layers:
-            raise ValueError(f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
+        fits = self.config.mem_layers or length <= window
+        require(fits, f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
         for x in cache.layers[0].tensors:
             require(len(x) == B, f"input_ids has {B} rows, and the cache has {len(x)}")
         real = None
@@ -869,14 +861,14 @@ class LongLlama(nn.Module):
         rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
-            with torch.inference_mode():  # a sixth less time a token on a CPU than without gradients alone
+            with torch.inference_mode():  # faster than no_grad; ids are drawn outside of it, and so are ordinary tensors
                 logits, cache = self(input_ids, cache, attention_mask, last_context_length, logits_to_keep=1)
             ids = sample(logits[:, -1].float(), temperature, top_k, top_p, rng).masked_fill(ended, self.config.pad_token_id)
             yield ids
             if eos is not None:
                 ended |= ids == eos
-            if ended.all():
-                return
+                if ended.all():
+                    return
             input_ids, attention_mask = ids[:, None], None
 
     @classmethod

@@ -9,9 +9,10 @@ import errno
 import gc
 import io
 import json
+import os
 import random
 import re
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -140,6 +141,7 @@ def test_greedy_generation_is_that_of_the_original(expected):
 def test_the_plain_formula_and_small_memory_blocks_give_the_originals_logits_too(name, expected, monkeypatch):
     """Other ways to the same numbers: no fused kernel, as on devices that have none, and a memory of many small blocks."""
     monkeypatch.setattr(longllama, "ROWS", 7)
+    monkeypatch.setattr(longllama.attend, "__defaults__", (None, False, 7))  # rows
     monkeypatch.setattr(longllama.Memory, "BLOCK", 5)
     with torch.enable_grad():  # kernels are not used where gradients may be wanted
         assert error_of(LongLlama.from_pretrained(TESTDATA), name, expected) < 5e-4
@@ -1024,7 +1026,7 @@ def test_a_continuation_keeps_its_leading_space():
 
 
 def run_generate(*args):
-    return run_main(generate.main, *args)
+    return run_main(generate.main, "--device", "cpu", *args)
 
 
 def test_generate_writes_text_to_stdout_and_the_rest_to_stderr(capsys):
@@ -1178,6 +1180,33 @@ def test_ctrl_c_keeps_what_there_is(capsys, monkeypatch):
     assert len(out) > 4 and "Traceback" not in err
 
 
+compiles = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
+)
+
+
+@compiles
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_layers_give_the_same_logits(device):
+    """Windows, and one token at a time: compiled, captured, replayed; memory begins, and the window overflows, on the way."""
+    model, compiled = small_model().to(device), small_model().to(device)
+    generate.compile_layers(compiled)
+    ids = torch.randint(61, (2, 70), device=device)
+    with torch.inference_mode():
+        for parts in ([5] + [1] * 65, [40] + [1] * 30):
+            caches = [Cache(model.config) for _ in range(2)]
+            for part in ids.split(parts, dim=1):
+                a, b = (m(part, cache)[0] for m, cache in zip((model, compiled), caches))
+                assert (a - b).abs().max() < 1e-4
+
+
+def test_without_a_compiler_compile_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert run_generate("--prompt", "The sea", "--compile") == 2
+    assert "there is no no-such-compiler" in capsys.readouterr().err
+
+
+@compiles
 def test_compiled_layers_give_the_same_text(capsys):
     prompt = ["--prompt", "The sea " * 200, "--max-new-tokens", 10, "--temperature", 0, "--quiet"]
     run_generate(*prompt)
@@ -1214,37 +1243,3 @@ def test_memory_lowers_the_perplexity_of_tiny_on_a_book_it_never_saw(tiny):
     without = model(ids.view(40, 256))[0].view_as(with_memory)
     losses = [F.cross_entropy(x[0, 256:-1], ids[0, 257:]).item() for x in (with_memory, without)]
     assert losses[0] < losses[1]
-
-
-# ---------------------------------------------------------------------------------------------------------- Benchmarks
-
-
-def test_the_benchmark_compares_implementations_that_agree_and_prints_a_table():
-    command = [sys.executable, HERE / "benchmarks" / "bench.py", "--shape", "tiny", "--prompt-tokens", "600"]
-    command += ["--decode", "2", "--repeats", "1", "--device", "cpu", "--compare", "naive,transformers"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 600 ")]
-    assert [row[1] for row in rows] == ["longllama", "naive", "transformers"]
-    assert all(float(cell.replace(",", "").rstrip("%|ms x")) >= 0 for row in rows for cell in row[3:])
-    assert "matmul peak" in done.stdout and "read bandwidth" in done.stdout
-
-
-def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overflow(tmp_path):
-    (tmp_path / "text.txt").write_text((TINY / "book.txt").read_text()[:60000])  # 20,000 tokens: just enough
-
-    def table(*flags):
-        command = [sys.executable, HERE / "benchmarks" / "memory.py", "--text", tmp_path / "text.txt", *flags]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
-
-    rows = table("--mem-dtype", "float8_e4m3fn", "--mem-topk", "8,all", "--length", "1k", "--trials", "2")
-    assert [row[:3] for row in rows] == [
-        ["float32", "all", "1,024"], ["float8_e4m3fn", "8", "256"], ["float8_e4m3fn", "all", "256"],
-    ]  # fmt: skip
-    exact, few, coarse = (float(row[3]) for row in rows)
-    assert exact == 0 < coarse < 0.1 and few > 0
-    rows = table("--keep-local", "0,64")
-    assert [row[0] for row in rows] == ["0", "64", "no overflow"]
-    assert float(rows[0][1]) > float(rows[1][1])

@@ -301,7 +301,11 @@ def arguments() -> argparse.Namespace:
     add("--repeats", type=number(int, 1), default=3, metavar="N")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
-    add("--compile", action="store_true", help="compile longllama's layers, as generate.py --compile does")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile longllama's layers (on a CPU, growth is then mostly the compiler's)",
+    )
     add("--mem-dtype", default="bfloat16", metavar="D,...", help="one or more, for longllama; the others use the first")
     add("--compare", default="naive,sdpa", metavar="NAME,...", help=f"some of {', '.join(COMPARED)}, or '' for none")
     args = parser.parse_args()

@@ -4,7 +4,8 @@
 
 The model runs on fake tensors, which have a shape, a dtype and a device, but no numbers: the very code that runs on a GPU with
 FlashAttention, in bfloat16. So it also shows that this code fits together, and that it never waits for a number from the GPU. It
-needs torch with CUDA (what pip installs on Linux), and no GPU. It measures no time.
+needs torch with CUDA (what pip installs on Linux), and no GPU. It measures no time. The rest is what is allocated besides weights
+and memory at the time when most is.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from longllama import LongLlama, LongLlamaConfig
 
 VIEWS = {  # operations that launch nothing
     "device", "view", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "transpose", "t", "expand", "unsqueeze",
-    "squeeze", "detach", "alias",
+    "squeeze", "detach", "alias", "empty", "new_empty",
 }  # fmt: skip
 COLUMNS = (
     "prompt",
@@ -93,7 +94,7 @@ def dry_run(shape: str, B: int, T: int) -> list[str]:
                 watch.operations.clear()
                 _, cache = model(ids[:, :1], cache, logits_to_keep=1)
         work = {name: n for name, n in watch.operations.items() if name not in VIEWS}
-        flash = work["_scaled_dot_product_flash_attention"]
+        flash = watch.operations["_scaled_dot_product_flash_attention"]
         sizes = (model_bytes(model), cache.memory_bytes, watch.peak - model_bytes(model) - cache.memory_bytes)
     return [f"{T:,}", *(f"{n / 2**30:.2f}" for n in sizes), f"{sum(work.values()):,}", f"{flash:,}"]
 

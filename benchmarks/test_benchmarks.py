@@ -21,7 +21,18 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_each_implementation_gets_a_line_of_numbers():
-    quick = ("--prompt-tokens", "300", "--decode", "2", "--repeats", "1", "--mem-dtype", "float32,bfloat16")
+    quick = (
+        "--device",
+        "cpu",
+        "--prompt-tokens",
+        "300",
+        "--decode",
+        "2",
+        "--repeats",
+        "1",
+        "--mem-dtype",
+        "float32,bfloat16",
+    )
     done = run("bench.py", "--shape", "tiny", *quick, "--compare", "naive,sdpa,transformers")
     assert done.returncode == 0, done.stderr
     lines = [
@@ -72,3 +83,22 @@ def test_the_dry_run_needs_torch_with_cuda_and_no_gpu():
         assert done.returncode == 2 and "built without CUDA" in done.stderr
     else:
         assert done.returncode == 0 and "| 2,048 | 0.11 | 0.01 |" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overflow(tmp_path):
+    (tmp_path / "text.txt").write_text((bench.TINY / "book.txt").read_text()[:60000])  # 20,000 tokens: just enough
+
+    def table(*flags):
+        done = run("memory.py", "--text", str(tmp_path / "text.txt"), *flags)
+        assert done.returncode == 0, done.stderr
+        return [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+
+    rows = table("--mem-dtype", "float8_e4m3fn", "--mem-topk", "8,all", "--length", "1k", "--trials", "2")
+    assert [row[:3] for row in rows] == [
+        ["float32", "all", "1,024"], ["float8_e4m3fn", "8", "256"], ["float8_e4m3fn", "all", "256"],
+    ]  # fmt: skip
+    exact, few, coarse = (float(row[3]) for row in rows)
+    assert exact == 0 < coarse < 0.1 and few > 0
+    rows = table("--keep-local", "0,64")
+    assert [row[0] for row in rows] == ["0", "64", "no overflow"]
+    assert float(rows[0][1]) > float(rows[1][1])
