@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -114,19 +115,20 @@ def as_weights(tensors: dict[str, Tensor]) -> Weights:
     return {name: (list(x.shape), x.dtype, x.detach) for name, x in tensors.items()}
 
 
+def write_config(path: Path, config: LongLlamaConfig, dtype: torch.dtype, to_hf: bool = False):
+    """config.json; to_hf: as LlamaForCausalLM reads it, which ignores the memory settings, and convert.py finds them again."""
+    names = ("LlamaForCausalLM", "llama") if to_hf else ("LongLlamaForCausalLM", "longllama")
+    extra = {"architectures": names[:1], "model_type": names[1], "hidden_act": "silu"}
+    text = json.dumps(extra | asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def save_pretrained(model: LongLlama, folder: str | Path):
     """Writes config.json and model.safetensors, in the parameters' dtype. Raises OSError."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
-    model.config.to_json(folder / "config.json", model.norm.weight.dtype)
-
-
-def hf_config(config: LongLlamaConfig, dtype: torch.dtype, path: Path):
-    """config.json as LlamaForCausalLM reads it; it ignores the memory settings, and convert.py finds them again."""
-    config.to_json(path, dtype)
-    raw = json.loads(path.read_text(encoding="utf-8")) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_config(folder / "config.json", model.config, model.norm.weight.dtype)
 
 
 def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
@@ -148,7 +150,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as name:
         made = Path(name)
         write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
-        (hf_config(config, saved, made / "config.json") if to_hf else config.to_json(made / "config.json", saved))
+        write_config(made / "config.json", config, saved, to_hf)
         if (source / "tokenizer.model").is_file():
             shutil.copyfile(source / "tokenizer.model", made / "tokenizer.model")
         else:

@@ -31,7 +31,7 @@ The axes of tensors:
 import json
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from itertools import pairwise
 from pathlib import Path
@@ -134,11 +134,6 @@ class LongLlamaConfig:
         except (ValueError, TypeError, AttributeError) as error:  # broken JSON is a ValueError
             raise ValueError(f"{path}: {error}") from None
         return replace(config, **overrides)
-
-    def to_json(self, path: str | Path, dtype: torch.dtype):
-        extra = {"architectures": ["LongLlamaForCausalLM"], "model_type": "longllama", "hidden_act": "silu"}
-        text = json.dumps(extra | asdict(self) | {"torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
-        Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------- Linear, norm and RoPE

@@ -777,7 +777,7 @@ def test_generation_goes_on_from_a_cache():
 )  # fmt: skip
 def test_impossible_configs_are_refused_by_name(changes, tmp_path):
     path = tmp_path / "config.json"
-    small_config().to_json(path, torch.float32)
+    convert.write_config(path, small_config(), torch.float32)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     name = "rope_type" if "rope" in next(iter(changes)) else next(iter(changes))
     with pytest.raises(ValueError, match=f"config.json: .*{name}"):

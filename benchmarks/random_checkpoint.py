@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from convert import write_config
 from longllama import LongLlama, LongLlamaConfig
 
 CONFIG = {
@@ -58,7 +59,7 @@ def main():
             save_file(part, args.output / file)
             index |= dict.fromkeys(part, file)
         (args.output / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    config.to_json(args.output / "config.json", torch.bfloat16)
+    write_config(args.output / "config.json", config, torch.bfloat16)
     shutil.copyfile(args.tokenizer, args.output / "tokenizer.model")
 
 
