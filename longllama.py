@@ -653,7 +653,7 @@ class Block(nn.Module):
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.self_attn.project(self.input_layernorm(x), rope)
 
-    def update(self, x: Tensor, attended: Tensor) -> Tensor:
+    def update(self, x: Tensor, attended: Tensor) -> Tensor:  # both (B, T, C)
         x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
