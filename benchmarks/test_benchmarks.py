@@ -1,5 +1,6 @@
 """What the benchmarks claim to count and to compare, checked: python -m pytest benchmarks"""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ CPU = torch.device("cpu")
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, HERE / script, *arguments], capture_output=True, text=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # two on a busy machine wait for each other
+    return subprocess.run([sys.executable, HERE / script, *arguments], capture_output=True, text=True, env=one_thread)
 
 
 def test_each_implementation_gets_a_line_of_numbers():
