@@ -97,13 +97,16 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dt
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    unfinished = path.with_name(path.name + ".part")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} cannot be written: it is not a regular file, and is not replaced by one")
+    target = path.resolve()  # what a link points to, and not the link
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")  # nobody else's
     try:
         with unfinished.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for _, (_, stored, read) in ordered:
                 file.write(read().to(dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
-        unfinished.replace(path)
+        unfinished.replace(target)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:

@@ -120,8 +120,8 @@ def out_of_memory(error: Exception) -> bool:
 
 def check_new_file(flag: str, path: Path):
     """Said before the work whose result is to be written there."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{flag} {path}: name a file in a folder that exists")
+    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: name a file, not a folder or device, in a folder that exists")
 
 
 def read_prompt(args: argparse.Namespace) -> str:

@@ -673,6 +673,24 @@ def test_an_interrupted_save_leaves_what_there_was(error, tmp_path, monkeypatch)
 
 
 @torch.no_grad()
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and links")
+def test_saving_replaces_nothing_but_the_file_that_is_meant(tmp_path, capsys):
+    model = small_model()
+    cache = model(torch.randint(61, (1, 30)))[1]
+    pipe, link, target, notes = (tmp_path / name for name in ("pipe", "link", "target", "target.part"))
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    notes.write_text("mine")
+    with pytest.raises(OSError, match="not a regular file"):
+        generate.save_memory(pipe, cache, model)
+    assert run_main(generate.main, "--prompt", "The sea", "--save-memory", pipe) == 2
+    assert "name a file" in capsys.readouterr().err and pipe.is_fifo()
+    generate.save_memory(link, cache, model)
+    assert link.is_symlink() and generate.load_memory(target, model).memory_length == cache.memory_length
+    assert notes.read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
+
+
+@torch.no_grad()
 def test_a_saved_memory_is_as_readable_as_other_files(tmp_path):
     model, path = small_model(), tmp_path / "memory"
     cache = model(torch.randint(61, (1, 30)))[1]
