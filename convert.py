@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -84,8 +85,24 @@ def load_bin(path: Path) -> dict[str, Tensor]:
     return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes the file of that name when all is written. Raises OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} cannot be written: it is not a regular file, and is not replaced by one")
+    target = path.resolve()  # what a link points to, and not the link
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")  # nobody else's
+    try:
+        yield unfinished
+        unfinished.replace(target)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dtype: torch.dtype | None = None):
-    """Writes a safetensors file, in dtype or as the weights are: to a temporary name, and then renames it. Raises OSError.
+    """Writes a safetensors file, in dtype or as the weights are, whole or not at all. Raises OSError.
 
     Tensor by tensor (safetensors' own writer wants all in memory at once): an 8-byte header length, a JSON header, the data.
     """
@@ -97,20 +114,10 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dt
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} cannot be written: it is not a regular file, and is not replaced by one")
-    target = path.resolve()  # what a link points to, and not the link
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")  # nobody else's
-    try:
-        with unfinished.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, (_, stored, read) in ordered:
-                file.write(read().to(dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
-        unfinished.replace(target)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, (_, stored, read) in ordered:
+            file.write(read().to(dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def as_weights(tensors: dict[str, Tensor]) -> Weights:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from convert import replacing
 from generate import (
     DTYPES,
     TINY,
@@ -313,13 +314,8 @@ def page(views: Views, model: str, mem_layers: tuple[int, ...]) -> str:
 
 
 def write_page(path: Path, content: str):
-    """Writes to a temporary name, and renames: there is never half a page under the name itself."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 PAGE = r"""<!doctype html>
