@@ -8,13 +8,12 @@ weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to oth
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
 tensors, and no file outside the input folder is opened. `write_safetensors` is the one writer of such files, also for
-`save_pretrained` and for the memories that generate.py saves.
+`save_pretrained` and for the memories that generate.py saves; and `ending_well` is how every program here ends.
 """
 
 import argparse
 import json
 import os
-import pickle
 import shutil
 import sys
 import tempfile
@@ -78,8 +77,10 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         )
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is broken, or holds more than tensors: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of many kinds, and torch advises to switch its guard off
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
+        raise ValueError(f"{path} is broken, or holds more than tensors, which is not loaded: get it again") from None
     if not isinstance(tensors, dict) or not all(getattr(x, "dtype", None) in DTYPES.values() for x in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of float32, bfloat16 or float16 tensors")
     return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -172,6 +173,53 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
             os.replace(file, target / file.name)
 
 
+# ------------------------------------------------------------------------------------------------- How programs end
+
+
+class UserError(Exception):
+    """One line for the user."""
+
+
+def first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Files and values that do not fit, and too little memory, become a `UserError`. A bug of ours stays what it is."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(first_line(error)) from None
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError("out of memory: try a shorter text, --dtype bfloat16 or --mem-dtype float8_e4m3fn") from None
+
+
+@contextmanager
+def ending_well(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Around a program: it ends with one line and status 2 for a `UserError`, and quietly where its user stops it."""
+    try:
+        with user_errors():
+            yield
+    except UserError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--input", type=Path, required=True, help="folder to read")
@@ -180,10 +228,8 @@ def main():
     parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
     parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")
     args = parser.parse_args()
-    try:
+    with ending_well(parser):
         convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from convert import DTYPES, as_weights, write_safetensors
+from convert import DTYPES, as_weights, ending_well, first_line, write_safetensors
 from longllama import MEM_DTYPES, Block, Cache, LongLlama, Memory
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -103,19 +103,21 @@ def pick_device(name: str) -> torch.device:
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
     try:
-        return torch.empty(0, device=name).device
+        made = torch.zeros(1, device=name)
+        made.item()  # which "meta" refuses
+        return made.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: {first_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def listed(parse: Callable) -> Callable:
+    """An argparse type: several of another type, with commas between them."""
 
+    def parse_list(text: str) -> list:
+        return [parse(part) for part in text.split(",")]
 
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    parse_list.__name__ = f"list of {parse.__name__}s"
+    return parse_list
 
 
 def check_new_file(flag: str, path: Path):
@@ -187,12 +189,12 @@ def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> 
     On the CPU, memory is mapped from the file, and read when it is used. new_memory: see Cache. Raises OSError or ValueError:
     for a broken file, another model, or settings that made another memory.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: it should be a saved memory")
     try:
         with safe_open(path, framework="pt") as file:
             made_with = json.loads((file.metadata() or {}).get("longllama", "{}"))
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: it should be a saved memory") from None
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no saved memory, or a broken one: {first_line(error)}") from None
     if "weights" not in made_with:
@@ -204,19 +206,25 @@ def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> 
                 "--dtype and --mem-dtype, or read the prompt again"
             )
     cache, device = Cache(model.config, new_memory), model.norm.weight.device
-    cache.local_length, cache.memory_length = made_with["local_length"], made_with["memory_length"]
+    cache.local_length, cache.memory_length = (made_with.get(name) for name in ("local_length", "memory_length"))
     cache.real = tensors["real"].to(device) if "real" in tensors else None
 
     def numbered(group: str, device: torch.device) -> list[Tensor]:
         names = takewhile(tensors.__contains__, (f"{group}.{j}" for j in count()))
         return [tensors[name].to(device) for name in names]
 
+    fits = True  # which a file that was changed by hand may not
     for i, layer in enumerate(cache.layers):
+        memory = layer.memory
         layer.tensors, layer.length = numbered(f"{i}.local", device), cache.local_length
-        if layer.memory is not None:
-            kept = layer.memory.device or device
-            layer.memory.blocks = list(zip(numbered(f"{i}.memory.k", kept), numbered(f"{i}.memory.v", kept)))
-            layer.memory.scales, layer.memory.length = numbered(f"{i}.memory.scale", device), cache.memory_length
+        fits &= [x.shape[2] for x in layer.tensors] == [cache.local_length] * (2 if memory is None else 3)
+        if memory is not None:
+            kept = memory.device or device
+            memory.blocks = list(zip(numbered(f"{i}.memory.k", kept), numbered(f"{i}.memory.v", kept)))
+            memory.scales, memory.length = numbered(f"{i}.memory.scale", device), cache.memory_length
+            fits &= sum(k.shape[2] for k, v in memory.blocks if k.shape == v.shape) == cache.memory_length
+    if not fits:
+        raise ValueError(f"{path} is broken: its tensors do not have the lengths that it says")
     return cache
 
 
@@ -354,21 +362,8 @@ def run(args: argparse.Namespace):
 
 def main():
     parser, args = arguments()
-    try:
+    with ending_well(parser):
         run(args)
-    except (OSError, ValueError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read our output has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        parser.error(first_line(error))
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        parser.error(
-            "out of memory: try a shorter prompt, --dtype bfloat16, --mem-dtype bfloat16 or --mem-attention-grouping 1 256"
-        )
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

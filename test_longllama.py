@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -650,6 +651,26 @@ def test_a_memory_of_another_model_or_of_other_settings_is_refused_by_name(tmp_p
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="broken"):
             generate.load_memory(path, model)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        generate.load_memory(tmp_path, model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["local_length", "memory_length", "0.local.1", "1.memory.v.0"])
+def test_a_memory_that_lacks_something_is_refused(name, tmp_path):
+    model, path = small_model(), tmp_path / "memory"
+    generate.save_memory(path, model(torch.randint(61, (1, 30)))[1], model)
+    with safe_open(path, framework="pt") as file:
+        tensors, says = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["longllama"])  # noqa: SIM118
+    if name in tensors:
+        del tensors[name]
+        variants = [says]
+    else:
+        variants = [says | {name: 7}, {key: value for key, value in says.items() if key != name}]
+    for made_with in variants:
+        save_file(tensors, path, {"longllama": json.dumps(made_with)})
+        with pytest.raises(ValueError, match="lengths"):
+            generate.load_memory(path, model)
 
 
 @torch.no_grad()
@@ -942,7 +963,19 @@ class Exploit:
 
 
 @pytest.mark.parametrize(
-    "damage", ["code", "cut", "no_dictionary", "shard_outside", "broken_index", "missing", "no_config", "same_folder"]
+    "damage",
+    [
+        "code",
+        "cut",
+        "empty",
+        "text",
+        "no_dictionary",
+        "shard_outside",
+        "broken_index",
+        "missing",
+        "no_config",
+        "same_folder",
+    ],
 )
 def test_conversion_refuses_bad_input_in_one_line(damage, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -954,6 +987,8 @@ def test_conversion_refuses_bad_input_in_one_line(damage, tmp_path, capsys, monk
         torch.save({"model.norm.weight": Exploit()}, weights)
     elif damage == "cut":
         weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage in ("empty", "text"):
+        weights.write_text("" if damage == "empty" else "version https://git-lfs.github.com/spec/v1")
     elif damage == "no_dictionary":
         torch.save([1, 2], weights)
     elif damage == "shard_outside":
@@ -965,8 +1000,18 @@ def test_conversion_refuses_bad_input_in_one_line(damage, tmp_path, capsys, monk
     elif damage == "no_config":
         (theirs / "config.json").unlink()
     assert run_convert("--input", theirs, "--output", theirs if damage == "same_folder" else ours) == 2
-    assert one_line(capsys).startswith("convert.py: error: ")
+    said = one_line(capsys)
+    assert said.startswith("convert.py: error: ") and "weights_only" not in said
     assert not ours.exists() and not Path("exploited").exists()
+
+
+def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "write_config", interrupted)
+    assert run_convert("--input", TESTDATA, "--output", tmp_path / "ours") == 130
+    assert capsys.readouterr().err == "" and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------- Tokenizer

@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -30,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from convert import ending_well, out_of_memory
 from examples.passkey import parse_lengths
-from generate import DTYPES, TINY, compile_layers, number, out_of_memory, pick_device, process_peak
+from generate import DTYPES, TINY, compile_layers, number, pick_device, process_peak
 from longllama import MEM_DTYPES, Cache, LongLlama, LongLlamaConfig
 
 FIELDS = (
@@ -273,7 +275,8 @@ def measure_growth(args: argparse.Namespace, T: int, name: str, mem_dtype: str) 
 
 def growth(*line) -> int | None:
     """`measure_growth` in a fresh process; None if it does not fit."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    ends_at_once = (signal.SIGINT, signal.SIG_DFL)  # by Ctrl-C, which this process is waiting for
+    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ends_at_once) as pool:
         future = pool.submit(measure_growth, *line)
         error = future.exception()
     return None if isinstance(error, BrokenExecutor) or out_of_memory(error) else future.result()
@@ -291,8 +294,8 @@ def row(args: argparse.Namespace, model: LongLlama, T: int, name: str, runs: lis
     return cells + [f"{n / 2**20:,.1f}" for n in (weights + growth, weights, growth, memory, growth - memory)]
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="mid")
     add("--prompt-tokens", type=parse_lengths, default="2k,16k", metavar="1k,16k,1M")
@@ -315,14 +318,12 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{flag} must be among {', '.join(known)}, not {','.join(items)!r}")
     if "transformers" in args.compare and importlib.util.find_spec("transformers") is None:
         parser.error("--compare transformers needs that package: pip install transformers")
-    try:
+    with ending_well(parser):
         args.device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
     if args.device.type not in DEVICES:
         parser.error(f"--device {args.device}: only cpu and cuda are measured")
     args.dtype = DTYPES[args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
-    return args
+    return parser, args
 
 
 def device_name(device: torch.device) -> str:
@@ -333,8 +334,7 @@ def device_name(device: torch.device) -> str:
 
 
 @torch.inference_mode()
-def main():
-    args = arguments()
+def run(args: argparse.Namespace):
     variants = [("longllama", d) for d in args.mem_dtype] + [(name, args.mem_dtype[0]) for name in args.compare]
     lines = [(T, *variant) for T in args.prompt_tokens for variant in variants]
     grown, runs, peaks = {}, defaultdict(list), []
@@ -363,6 +363,12 @@ def main():
         base = next((runs[other] for other in lines if other[0] == T and runs[other]), None)
         cells = row(args, model, T, name, runs[line], base, grown[line], peaks) if runs[line] else ["does not fit"]
         print("|", " | ".join([f"{T:,}", name, "-" if name == "transformers" else mem_dtype, *cells]), "|")
+
+
+def main():
+    parser, args = arguments()
+    with ending_well(parser):
+        run(args)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import FIELDS, SHAPES, model_bytes
 
+from convert import ending_well
 from examples.passkey import parse_lengths
 from generate import number
 from longllama import LongLlama, LongLlamaConfig
@@ -100,17 +101,18 @@ def dry_run(shape: str, B: int, T: int) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--shape", choices=[name for name, sizes in SHAPES.items() if sizes], default="3b")
     parser.add_argument("--prompt-tokens", type=parse_lengths, default="2k,16k", metavar="1k,16k,1M")
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N", help="prompts at once")
     args = parser.parse_args()
     if torch.version.cuda is None:
         parser.error("this torch is built without CUDA: install the one from pypi.org, no GPU is needed")
-    print(f"torch {torch.__version__}, shape {args.shape}, batch {args.batch}, bfloat16\n")
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    for T in args.prompt_tokens:
-        print("|", " | ".join(dry_run(args.shape, args.batch, T)), "|", flush=True)
+    with ending_well(parser):
+        print(f"torch {torch.__version__}, shape {args.shape}, batch {args.batch}, bfloat16\n")
+        print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+        for T in args.prompt_tokens:
+            print("|", " | ".join(dry_run(args.shape, args.batch, T)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ float32, as a share of their size. The third: perplexity of the tokens right aft
 import argparse
 import sys
 import time
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -23,15 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import perplexity
 
-from examples.passkey import GRASS, measure, parse_lengths, prompt_ids, share, short
-from generate import DTYPES, TINY, load, number, pick_device
+from convert import ending_well
+from examples.passkey import GRASS, measure, parse_length, prompt_ids, share, short
+from generate import DTYPES, TINY, listed, load, number, pick_device
 from longllama import MEM_DTYPES, Cache, LongLlama
 
 WINDOWS = 64  # of memory, for perplexity
 BEFORE = 8  # windows read before an overflow
 STEPS = 32  # tokens written to take the time of one
+REPEATS = 3  # of all that is timed, interleaved
 SINCE = (1, 4, 16, 64)  # tokens since an overflow
-COLUMNS = ["memory", "K", "bytes/token", "logit error", "perplexity"]
+COLUMNS = ["mem_dtype", "K", "bytes/token", "logit error", "perplexity"]
 
 
 @torch.no_grad()
@@ -49,23 +52,36 @@ def read_and_write(model: LongLlama, ids: torch.Tensor) -> tuple[torch.Tensor, f
 
 def memory_table(args: argparse.Namespace) -> list[list[str]]:
     rows = [COLUMNS + [f"pass keys, {short(args.length)}", "read, s", "ms/token"]]
-    exact, right = ("float32", None), None
-    for mem_dtype, mem_topk in [exact, *(x for x in product(args.mem_dtype, args.mem_topk) if x != exact)]:
+    exact = ("float32", None)
+    variants = [exact, *(x for x in product(args.mem_dtype, args.mem_topk) if x != exact)]
+    models, runs = {}, defaultdict(list)
+    for mem_dtype, mem_topk in variants:
         model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
-        book = tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False)
-        rng = torch.Generator().manual_seed(args.seed)
-        prompt = prompt_ids(tokenizer, args.length, 0.3, "71428", book, rng)
-        logits, reading, writing, size = read_and_write(model, torch.tensor([prompt], device=args.device))
-        right = logits if right is None else right
-        fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}
-        trials = measure(model, tokenizer, args.model.name, fillers, args.length, args.trials, args.seed)
-        value, _ = perplexity(model, [torch.tensor(book)], WINDOWS, WINDOWS, stride=4)
-        error = ((logits - right).norm() / right.norm()).item()
-        found = f"{100 * share(trials):.0f}% ({len(trials)})"
-        rows.append([mem_dtype, str(mem_topk or "all"), f"{size:,.0f}", f"{error:.1e}", f"{value:.2f}", found])
-        rows[-1] += [f"{reading:.2f}", f"{writing * 1e3:.1f}"]
-        print(*rows[-1], file=sys.stderr)
+        models[mem_dtype, mem_topk] = model
+    book = tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False)
+    fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}
+    prompt = prompt_ids(tokenizer, args.length, 0.3, "71428", book, torch.Generator().manual_seed(args.seed))
+    for i, variant in product(range(REPEATS), variants):
+        tell(f"time {i + 1} of {REPEATS}", *variant)
+        runs[variant].append(read_and_write(models[variant], torch.tensor([prompt], device=args.device)))
+    right = runs[exact][0][0]
+    for variant in variants:
+        tell("pass keys and perplexity", *variant)
+        logits, reading, writing, size = zip(*runs[variant])
+        value, _ = perplexity(models[variant], [torch.tensor(book)], WINDOWS, WINDOWS, stride=4)
+        trials = measure(models[variant], tokenizer, args.model.name, fillers, args.length, args.trials, args.seed)
+        error = ((logits[0] - right).norm() / right.norm()).item()
+        rows.append([variant[0], str(variant[1] or "all"), f"{size[0]:,.0f}", f"{error:.1e}", f"{value:.2f}"])
+        rows[-1] += [
+            f"{100 * share(trials):.0f}% ({len(trials)})",
+            f"{median(reading):.2f}",
+            f"{median(writing) * 1e3:.1f}",
+        ]
     return rows
+
+
+def tell(text: str, mem_dtype: str, mem_topk: int | None):
+    print(f"{text}: {mem_dtype}, K {mem_topk or 'all'}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -76,6 +92,8 @@ def losses_after_overflow(model: LongLlama, book: torch.Tensor, kept: bool) -> t
     """
     window, after = model.config.max_position_embeddings, SINCE[-1]
     before = BEFORE * window
+    if len(book) <= before + after:
+        raise ValueError(f"--text has {len(book)} tokens, and {before + after + 1} are needed: take a longer one")
     pieces = book.unfold(0, before + after + 1, window)  # (places, before + after + 1)
     losses = []
     for ids in pieces.split(8):
@@ -90,6 +108,7 @@ def overflow_table(args: argparse.Namespace) -> list[list[str]]:
     rows = [["keep_local", *(f"tokens {a + 1} to {b}" for a, b in zip(starts, SINCE))]]
     rows[0][1] = "token 1"
     for keep in (*args.keep_local, None):
+        print("no overflow" if keep is None else f"keep_local {keep}", file=sys.stderr)
         model, tokenizer = load(args.model, args.device, args.dtype, keep_local=keep)
         book = torch.tensor(tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False), device=args.device)
         losses = losses_after_overflow(model, book, kept=keep is None)
@@ -99,44 +118,38 @@ def overflow_table(args: argparse.Namespace) -> list[list[str]]:
     return rows
 
 
-def parse_topk(text: str) -> list[int | None]:
-    return [None if part == "all" else number(int, 1)(part) for part in text.split(",")]
+def parse_dtype(text: str) -> str:
+    if text not in MEM_DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not among {', '.join(MEM_DTYPES)}")
+    return text
 
 
-def parse_dtypes(text: str) -> list[str]:
-    if not set(text.split(",")) <= set(MEM_DTYPES):
-        raise argparse.ArgumentTypeError(f"must be among {', '.join(MEM_DTYPES)}, not {text!r}")
-    return text.split(",")
-
-
-def parse_counts(text: str) -> list[int]:
-    return [number(int, 0)(part) for part in text.split(",")]
+def parse_topk(text: str) -> int | None:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of keys nor all")
+    return None if text == "all" else number(int, 1)(text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, default=TINY, metavar="DIR")
-    parser.add_argument("--mem-dtype", type=parse_dtypes, default="float32", metavar="D,...")
-    parser.add_argument("--mem-topk", type=parse_topk, default="all", metavar="K,...", help="such as 16,64,all")
+    parser.add_argument("--mem-dtype", type=listed(parse_dtype), default="float32", metavar="D,...")
+    parser.add_argument("--mem-topk", type=listed(parse_topk), default="all", metavar="K,...", help="such as 16,64,all")
     parser.add_argument(
-        "--keep-local", type=parse_counts, metavar="N,...", help="the table of what follows an overflow"
+        "--keep-local", type=listed(number(int, 0)), metavar="N,...", help="the table of what follows an overflow"
     )
-    parser.add_argument("--length", type=parse_lengths, default="64k", help="tokens of a prompt with a pass key")
+    parser.add_argument("--length", type=parse_length, default="64k", help="tokens of a prompt with a pass key")
     parser.add_argument("--trials", type=number(int, 1), default=10, help="for each filler, text and grass")
     parser.add_argument("--text", type=Path, default=TINY / "book.txt", metavar="FILE")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     args = parser.parse_args()
-    try:
-        if len(args.length) > 1:
-            raise ValueError("--length takes one length, such as 64k")
-        args.device, args.length = pick_device(args.device), args.length[0]
+    with ending_well(parser):
+        args.device = pick_device(args.device)
         rows = overflow_table(args) if args.keep_local else memory_table(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    rows.insert(1, ["---"] * len(rows[0]))
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        rows.insert(1, ["---"] * len(rows[0]))
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import write_config
+from convert import ending_well, write_config
 from longllama import LongLlama, LongLlamaConfig
 
 CONFIG = {
@@ -28,15 +28,9 @@ CONFIG = {
 SHARDS = 4
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--layout", choices=["bin", "safetensors"], required=True, help="one .bin, or sharded safetensors"
-    )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.model with at most 32000 ids")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    args.output.mkdir(parents=True)
+def make(layout: str, tokenizer: Path, output: Path):
+    output.mkdir(parents=True)
+    shutil.copyfile(tokenizer, output / "tokenizer.model")
     config = LongLlamaConfig(**CONFIG)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LongLlama(config).hf_tensors().items()}
@@ -49,18 +43,31 @@ def main():
     }
     for i in range(config.num_hidden_layers):  # the released files carry these tables, which nobody needs
         tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(config.head_dim // 2)
-    if args.layout == "bin":
-        torch.save(tensors, args.output / "pytorch_model.bin")
+    if layout == "bin":
+        torch.save(tensors, output / "pytorch_model.bin")
     else:
         index = {}
         for i in range(SHARDS):
             file = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
             part = {name: tensors[name] for name in sorted(tensors)[i::SHARDS]}
-            save_file(part, args.output / file)
+            save_file(part, output / file)
             index |= dict.fromkeys(part, file)
-        (args.output / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    write_config(args.output / "config.json", config, torch.bfloat16)
-    shutil.copyfile(args.tokenizer, args.output / "tokenizer.model")
+        (output / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    write_config(output / "config.json", config, torch.bfloat16)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser.add_argument(
+        "--layout", choices=["bin", "safetensors"], required=True, help="one .bin, or sharded safetensors"
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.model with at most 32000 ids")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    with ending_well(parser):
+        if not args.tokenizer.is_file():
+            raise FileNotFoundError(f"--tokenizer {args.tokenizer} is missing: name a tokenizer.model")
+        make(args.layout, args.tokenizer, args.output)
 
 
 if __name__ == "__main__":

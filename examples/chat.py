@@ -10,29 +10,17 @@ exit status is 1 if a line failed.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generate import (
-    DTYPES,
-    TINY,
-    Progress,
-    check_new_file,
-    first_line,
-    load,
-    load_memory,
-    number,
-    out_of_memory,
-    pick_device,
-    save_memory,
-)
+from convert import UserError, ending_well, user_errors
+from generate import DTYPES, TINY, Progress, check_new_file, load, load_memory, number, pick_device, save_memory
 from longllama import MEM_DTYPES, Cache, LongLlama
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -44,25 +32,6 @@ HELP = """\
 /help        this list
 /quit        end; so does Ctrl-D
 Text that begins with / needs a space in front."""
-
-
-class Failure(Exception):
-    """One line for the user."""
-
-
-@contextmanager
-def failures():
-    """What is no bug of ours is raised as a `Failure`."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise Failure(first_line(error)) from None
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise Failure("out of memory: try --dtype bfloat16, --mem-dtype bfloat16 or --mem-device cpu") from None
 
 
 @dataclass(frozen=True)
@@ -253,7 +222,7 @@ def converse(chat: Conversation, lines: Iterator[str], stoppable: bool = True) -
         if line.strip() == "/quit":
             break
         try:
-            with failures():
+            with user_errors():
                 if line.startswith("/"):
                     tell(chat.command(line))
                 elif line.strip():
@@ -261,10 +230,10 @@ def converse(chat: Conversation, lines: Iterator[str], stoppable: bool = True) -
         except KeyboardInterrupt:
             if not stoppable:
                 raise
-        except Failure as failure:
+        except UserError as error:
             well = False
             full = not line.startswith("/") and not chat.model.config.mem_layers
-            tell(f"chat.py: {failure}" + "; /reset starts anew" * full)
+            tell(f"chat.py: {error}" + "; /reset starts anew" * full)
     return well
 
 
@@ -311,16 +280,8 @@ def run(args: argparse.Namespace) -> bool:
 
 def main():
     parser, args = arguments()
-    try:
-        with failures():
-            well = run(args)
-    except Failure as failure:
-        parser.error(str(failure))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        well = True
+    with ending_well(parser):
+        well = run(args)
     sys.exit(0 if well or sys.stdin.isatty() else 1)
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from convert import ending_well
 from examples.passkey import parse_lengths, prompt_ids, short
 from generate import TINY, load, number
 from longllama import GATHERED, Attended, Cache, LongLlama, LongLlamaConfig, Memory, attend, fold, require
@@ -241,7 +242,7 @@ def main():
     )  # fmt: skip
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     args = parser.parse_args()
-    try:
+    with ending_well(parser):
         model, tokenizer = load(args.model, torch.device("cpu"))
         require(bool(model.config.mem_layers), f"{args.model} has no mem_layers, so there is nothing to search")
         if set(args.index) & set(INDEXES):
@@ -251,8 +252,6 @@ def main():
         ask(model, *asked[0][0], Cache(model.config))  # a first prompt is slower
         for batch, (index, K) in product(asked, [("torch", None), *product(args.index, args.topk)]):
             print(row(model, batch, index, K), flush=True)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ on either side is context. Positions count tokens from the start of the text (0 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,20 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import replacing
-from generate import (
-    DTYPES,
-    TINY,
-    Progress,
-    check_new_file,
-    first_line,
-    load,
-    number,
-    out_of_memory,
-    pick_device,
-    read_prompt,
-    warnings,
-)
+from convert import ending_well, replacing
+from generate import DTYPES, TINY, Progress, check_new_file, load, number, pick_device, read_prompt, warnings
 from longllama import MEM_DTYPES, Cache, LocalCache, LongLlama, LongLlamaConfig, Memory, fold, score
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
@@ -724,18 +711,8 @@ def run(args: argparse.Namespace):
 def main():
     sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the text
     parser, args = arguments()
-    try:
+    with ending_well(parser):
         run(args)
-    except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        parser.error(first_line(error))
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        parser.error("out of memory: try a shorter prompt, --dtype bfloat16 or --mem-dtype bfloat16")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

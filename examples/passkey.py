@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generate import DTYPES, TINY, load, pick_device
+from convert import ending_well
+from generate import DTYPES, TINY, check_new_file, listed, load, number, pick_device
 from longllama import LongLlama
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
@@ -50,7 +51,7 @@ def prompt_ids(
     start, needle, question = (tokenizer.encode(t, bos=t is INTRO) for t in (INTRO, KEY.format(key=key), QUESTION))
     n = length - len(start) - len(needle) - len(question)
     if n < 0:
-        raise ValueError(f"--lengths: a prompt takes at least {length - n} tokens, {length} are too few")
+        raise ValueError(f"a prompt with a pass key takes at least {length - n} tokens, {length} are too few")
     offset = int(torch.randint(len(filler), (1,), generator=rng))
     text = [filler[(offset + i) % len(filler)] for i in range(n)]
     place = round(depth * n)
@@ -110,8 +111,7 @@ def table(trials: list[Trial]) -> str:
     return "\n".join(lines)
 
 
-def picture(trials: list[Trial], path: Path, bins: int):
-    """A heat map for each model: prompt length across, depth of the key down, colour the share found."""
+def import_pyplot():
     try:
         import matplotlib
     except ImportError:
@@ -119,6 +119,12 @@ def picture(trials: list[Trial], path: Path, bins: int):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def picture(trials: list[Trial], path: Path, bins: int):
+    """A heat map for each model: prompt length across, depth of the key down, colour the share found."""
+    pyplot = import_pyplot()
     models, lengths = group(trials, lambda t: t.model), sorted({trial.length for trial in trials})
     figure, axes = pyplot.subplots(
         1, len(models), figsize=(1.5 + 3.2 * len(models), 3.2), squeeze=False, sharey=True, layout="constrained"
@@ -147,35 +153,39 @@ def short(n: int) -> str:
     return str(n)
 
 
-def parse_lengths(text: str) -> list[int]:
-    units, lengths = {"k": 1 << 10, "M": 1 << 20}, []
-    for part in text.split(","):
-        digits, unit = (part[:-1], units[part[-1]]) if part[-1:] in units else (part, 1)
-        if not digits.isdecimal() or int(digits) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths such as 512,16k,1M")
-        lengths.append(int(digits) * unit)
-    return lengths
+def parse_length(text: str) -> int:
+    units = {"k": 1 << 10, "M": 1 << 20}
+    digits, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    if not digits.isdecimal() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length such as 512, 16k or 1M")
+    return int(digits) * unit
+
+
+parse_lengths = listed(parse_length)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, nargs="+", default=[TINY], metavar="DIR")
     parser.add_argument("--lengths", type=parse_lengths, default=[1 << 10, 1 << 12, 1 << 14], help="such as 512,16k,1M")
-    parser.add_argument("--trials", type=int, default=10, help="for each length and filler")
+    parser.add_argument("--trials", type=number(int, 1), default=10, help="for each length and filler")
     parser.add_argument("--filler", choices=["text", "grass", "both"], default="both")
     parser.add_argument(
         "--text", type=Path, nargs="+", default=[TINY / "book.txt"], metavar="FILE", help="repeated where too short"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw length x depth (needs matplotlib)")
-    parser.add_argument("--depth-bins", type=int, default=5, help="rows of the picture")
+    parser.add_argument("--depth-bins", type=number(int, 1), default=5, help="rows of the picture")
     args = parser.parse_args()
-    try:
-        if args.trials < 1:
-            raise ValueError("--trials must be at least 1")
+    with ending_well(parser):
+        for flag in ("--table", "--picture"):
+            if path := vars(args)[flag[2:]]:
+                check_new_file(flag, path)
+        if args.picture:
+            import_pyplot()  # a missing one is said now, not after the trials
         text = " ".join(path.read_text(encoding="utf-8") for path in args.text)
         trials = []
         for folder in args.model:
@@ -197,8 +207,6 @@ def main():
             args.table.write_text(table(trials) + "\n", encoding="utf-8")
         if args.picture:
             picture(trials, args.picture, args.depth_bins)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

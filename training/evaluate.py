@@ -16,7 +16,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import encode, held_out, text_files
 
-from generate import DTYPES, TINY, load, pick_device
+from convert import ending_well
+from generate import DTYPES, TINY, load, number, pick_device
 from longllama import LongLlama
 
 BATCH = 8  # windows read at once
@@ -48,12 +49,14 @@ def main():
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).resolve().parent / "data", help="folder of .txt files"
     )
-    parser.add_argument("--windows", type=int, nargs="+", default=[0, 1, 4, 16, 64], help="windows of memory")
-    parser.add_argument("--stride", type=int, default=4, help="take every so many-th window")
+    parser.add_argument(
+        "--windows", type=number(int, 0), nargs="+", default=[0, 1, 4, 16, 64], help="windows of memory"
+    )
+    parser.add_argument("--stride", type=number(int, 1), default=4, help="take every so many-th window")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     args = parser.parse_args()
-    try:
+    with ending_well(parser):
         print(
             "| model | "
             + " | ".join(f"{n} windows" for n in args.windows)
@@ -68,8 +71,6 @@ def main():
             print(
                 f"| {folder.resolve().name} | " + " | ".join(f"{value:.2f}" for value, _ in row) + f" | {row[0][1]:,} |"
             )
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

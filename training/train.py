@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Corpus
 
-from convert import save_pretrained
+from convert import ending_well, save_pretrained
 from longllama import LongLlama, LongLlamaConfig, cross_batch_extra
 from tokenizer import Tokenizer
 
@@ -273,14 +273,13 @@ def main():
                         help="for ablations: which contexts besides its own an entry sees")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        Trainer(args).run()
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with ending_well(parser):
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+            Trainer(args).run()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,15 @@ A SentencePiece BPE of 2048 pieces with LLaMA's settings: byte fallback, digits 
 
 import argparse
 import itertools
+import sys
 from pathlib import Path
 
 import sentencepiece
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import GRASS, INTRO, KEY, QUESTION, held_out, text_files
+
+from convert import ending_well, replacing
 
 PASSKEY_LINES = 2000  # of about 200,000: enough that the words of the pass-key task are whole pieces
 
@@ -26,14 +31,12 @@ def lines(folder: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="folder of .txt files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "tiny" / "tokenizer.model")
     parser.add_argument("--vocab-size", type=int, default=2048)
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_suffix(".part")
-    with temporary.open("wb") as file:
+    with ending_well(parser), replacing(args.output) as unfinished, unfinished.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines(args.data),
             model_writer=file,
@@ -50,7 +53,6 @@ def main():
             pad_id=-1,
             minloglevel=1,
         )
-    temporary.rename(args.output)
     print(f"wrote {args.output}")
 
 
