@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
@@ -17,11 +18,12 @@ from itertools import count, takewhile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from convert import DTYPES, as_weights, ending_well, first_line, write_safetensors
-from longllama import MEM_DTYPES, Block, Cache, LongLlama, Memory
+from longllama import MEM_DTYPES, Attended, Block, Cache, LocalCache, LongLlama, Memory, attend, merge
 from tokenizer import StreamDecoder, Tokenizer
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -290,24 +292,134 @@ def statistics(
     )
 
 
-def compile_layers(model: LongLlama):
-    """Compiles all of the layers but attention: its lengths change with every token, and each would be compiled anew.
+# ------------------------------------------------------------------------------------------------- Compiled, captured
+#
+# A step of one token launches hundreds of small operations, and a GPU would wait for each. So layers are compiled, which fuses
+# them, and a whole step is captured as one CUDA graph. A graph does the same again, with the same places in memory: what
+# differs from step to step, the token and the length of the local context, has to be in tensors.
 
-    Steps of one token, whose shapes never change, are captured in CUDA graphs on a GPU. Raises ValueError.
-    """
+
+def compile_layers(model: LongLlama):
+    """Compiles the model's layers, for all at once; on a GPU it then reads single tokens by `Steps`. Raises ValueError."""
     cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "cl" if sys.platform == "win32" else "g++")
     if shutil.which(cxx) is None:
         raise ValueError(f"--compile needs a C++ compiler, and there is no {cxx}: install one, or leave --compile out")
     torch._dynamo.config.recompile_limit = 64  # batch sizes, dtypes, with and without memory: each is compiled once
 
     def compiled(part: Callable) -> Callable:
-        step, many = torch.compile(part, mode="reduce-overhead", dynamic=False), torch.compile(part, dynamic=True)
-        return lambda layer, x, *args: (step if x.shape[1] == 1 else many)(layer, x, *args)
+        step, many = compile_step(part), torch.compile(part, dynamic=True)
+        return lambda module, x, *args: (step if x.shape[1] == 1 else many)(module, x, *args)
 
-    project, update = compiled(Block.project), compiled(Block.update)
+    project, update, logits = map(compiled, (Block.project, Block.update, LongLlama.logits))
     for layer in model.layers:
         layer.project, layer.update = partial(project, layer), partial(update, layer)
-    model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    model.logits = partial(logits, model)
+    if model.norm.weight.is_cuda:
+        model.forward = Steps(model, compile_step(join))
+
+
+def compile_step(part: Callable) -> Callable:
+    """For one token, whose shapes never change: products of a matrix and a vector are worth a search for the best kernel."""
+    return torch.compile(part, dynamic=False, options={"coordinate_descent_tuning": True})
+
+
+def join(q: Tensor, new: list[Tensor], kept: list[Tensor], length: Tensor) -> Attended:
+    """One token becomes the `length`-th, (1,), of a local context, and attends to it.
+
+    q (B, H, 1, D); new (B, G, 1, D) each, its key, value and, in a memory layer, unrotated key; kept (B, G, capacity, D) each.
+    """
+    for x, tensor in zip(new, kept):
+        tensor.index_copy_(2, length - 1, F.pad(x, (0, tensor.shape[3] - x.shape[3])))
+    real = torch.arange(kept[0].shape[2], device=q.device) < length  # (capacity,)
+    return attend(q, *kept[:2], real[None, None, :, None])
+
+
+class StepContext(LocalCache):
+    """The local context of a layer, within a captured step: `length` is a tensor, and its room is attended to, as padding."""
+
+    def __init__(self, context: LocalCache, join: Callable):
+        vars(self).update(vars(context))  # the same tensors, to be written into, and the same memory
+        self.join = join
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: None) -> Tensor:
+        attended = self.join(q, [k, v] if self.memory is None else [k, v, unrotated], self.tensors, self.length)
+        if self.memory is not None and self.memory.length:
+            attended = merge(self.memory.attend(q, real), attended)
+        return attended[0]
+
+
+class Steps:
+    """`LongLlama.forward` that reads a single token by replaying a CUDA graph of the whole model.
+
+    The graph is captured anew where a cache's tensors are others than those before: after the window overflowed, say. What it
+    cannot do goes the usual way: other numbers of tokens, an overflow, padding, memory in main memory or of another kind.
+    """
+
+    def __init__(self, model: LongLlama, join: Callable):
+        self.model, self.read, self.join = model, model.forward, join
+        self.places = self.replay = None
+
+    def __call__(
+        self, input_ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None, *args, **kwargs
+    ):
+        if attention_mask is not None or cache is None or not self.fits(input_ids, cache):
+            self.places = self.replay = None  # lets go of the cache
+            return self.read(input_ids, cache, attention_mask, *args, **kwargs)
+        places = [x for layer in cache.layers for x in (layer.tensors, layer.memory and layer.memory.blocks)]
+        if self.places is None or any(x is not y for x, y in zip(places, self.places)):
+            self.prepare(input_ids, cache)
+            self.places = places
+        self.input_ids.copy_(input_ids)
+        self.start.fill_(cache.local_length)
+        self.replay()
+        cache.local_length += 1
+        for layer in cache.layers:
+            layer.length += 1
+        return self.logits.clone(), cache
+
+    def fits(self, input_ids: Tensor, cache: Cache) -> bool:
+        tensors, window = cache.layers[0].tensors, self.model.config.max_position_embeddings
+        if not tensors or cache.real is not None or torch.is_grad_enabled():
+            return False
+        B, _, capacity, _ = tensors[0].shape
+        memories = [layer.memory for layer in cache.layers if layer.memory]
+        resident = all(type(memory) is Memory and memory.device is None for memory in memories)
+        return input_ids.shape == (B, 1) and cache.local_length < min(capacity, window) and resident
+
+    def prepare(self, input_ids: Tensor, cache: Cache):
+        """Makes `replay`, which reads `input_ids` as the token at position `start`, and writes its `logits`."""
+        with torch.inference_mode(False):  # or they could not be written into once that mode is over
+            self.input_ids, self.start = input_ids.clone(), input_ids.new_tensor([cache.local_length])
+        twin = copy(cache)
+        twin.layers = [StepContext(layer, self.join) for layer in cache.layers]
+        for layer in twin.layers:
+            for tensor in layer.tensors:
+                tensor[:, :, cache.local_length :] = 0  # no NaN, which would be attended to in spite of being padding
+
+        def step():
+            twin.local_length = self.start.clone()  # `read_local` adds 1 to it, in place
+            for layer in twin.layers:
+                layer.length = twin.local_length
+            self.logits = self.model.logits(self.model.read_local(self.input_ids, twin))
+
+        self.replay = captured(step)
+
+
+def captured(work: Callable[[], None]) -> Callable[[], None]:
+    """A function that does on the GPU, as one CUDA graph, what work() does there. work() may be repeated freely."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiled, and kernels chosen, before it is captured
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+# ------------------------------------------------------------------------------------------------------------ Program
 
 
 def run(args: argparse.Namespace):

@@ -171,10 +171,10 @@ class RMSNorm(nn.Module):
 Rope = tuple[Tensor, Tensor]
 
 
-def rope_table(start: int, T: int, config: LongLlamaConfig, device: torch.device) -> Rope:
+def rope_table(start: int | Tensor, T: int, config: LongLlamaConfig, device: torch.device) -> Rope:
     """cos and sin of the angles at positions start to start + T - 1 (Su et al. 2021), float32: (T, D/2) each."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # (D/2,)
-    angle = torch.arange(start, start + T, device=device).float().outer(frequency)  # (T, D/2)
+    angle = (start + torch.arange(T, device=device)).float().outer(frequency)  # (T, D/2)
     return angle.cos(), angle.sin()
 
 
@@ -647,14 +647,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, attend_to: AttendTo) -> Tensor:
         """x (B, T, C) -> (B, T, C): attention, which has all the state, between two parts without any, which can be compiled."""
-        attended = attend_to(*self.project(x, rope))  # (B, H, T, D)
-        return self.update(x, attended.transpose(1, 2).flatten(2).to(x.dtype))
+        return self.update(x, attend_to(*self.project(x, rope)))
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.self_attn.project(self.input_layernorm(x), rope)
 
-    def update(self, x: Tensor, attended: Tensor) -> Tensor:  # both (B, T, C)
-        x = x + self.self_attn.o_proj(attended)
+    def update(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x (B, T, C) and what its queries got, (B, H, T, D) -> (B, T, C)."""
+        x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2).to(x.dtype))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -795,12 +795,12 @@ class LongLlama(nn.Module):
             cache.restart(keep)
             cache.note_padding(B, stop - start, None if real is None else real[:, :, start:stop])
             ids = input_ids[:, start:stop]
-            x = self._read_windows(ids, cache, windows, stop <= first) if windows else self._read_local(ids, cache)
+            x = self.read_windows(ids, cache, windows, stop <= first) if windows else self.read_local(ids, cache)
             if stop > first:
                 hidden.append(x[:, max(first - start, 0) :])
         return self.logits(torch.cat(hidden, dim=1)), cache
 
-    def _read_windows(self, input_ids: Tensor, cache: Cache, W: int, only_remember: bool) -> Tensor:
+    def read_windows(self, input_ids: Tensor, cache: Cache, W: int, only_remember: bool) -> Tensor:
         """W windows of T tokens, (B, W * T) -> hidden states (B, W * T, C); and into memory with them.
 
         Layers without memory read all windows as one batch. Where nobody wants a token's logits, it matters only through what
@@ -818,7 +818,7 @@ class LongLlama(nn.Module):
         cache.memory_length += input_ids.shape[1]
         return x.unflatten(0, (-1, W)).flatten(1, 2)
 
-    def _read_local(self, input_ids: Tensor, cache: Cache) -> Tensor:
+    def read_local(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """T tokens that join the local context, (B, T) -> hidden states (B, T, C)."""
         T = input_ids.shape[1]
         rope = rope_table(cache.local_length, T, self.config, input_ids.device)

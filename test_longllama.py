@@ -1251,7 +1251,7 @@ compiles = pytest.mark.skipif(
 @compiles
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_layers_give_the_same_logits(device):
-    """Windows, and one token at a time: compiled, captured, replayed; memory begins, and the window overflows, on the way."""
+    """Windows, and one token at a time: compiled, on a GPU captured and replayed; memory begins, and the window overflows."""
     model, compiled = small_model().to(device), small_model().to(device)
     generate.compile_layers(compiled)
     ids = torch.randint(61, (2, 70), device=device)
@@ -1261,6 +1261,59 @@ def test_compiled_layers_give_the_same_logits(device):
             for part in ids.split(parts, dim=1):
                 a, b = (m(part, cache)[0] for m, cache in zip((model, compiled), caches))
                 assert (a - b).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 2, "mem_topk": 9}, {"mem_dtype": "float8_e4m3fn", "keep_local": 5}]
+)
+def test_steps_with_lengths_in_tensors_give_the_same_logits(changes, monkeypatch):
+    """What a CUDA graph would replay, done again and again: nothing but the tensors may tell one step from another."""
+    prepared, store = [], longllama.store
+
+    def captured(work):
+        prepared.append(work)
+        for _ in range(3):
+            work()
+        return work
+
+    def store_before_nan(parts, *args, **kwargs):  # room without numbers may hold anything
+        stored = store(parts, *args, **kwargs)
+        stored[:, :, sum(x.shape[2] for x in parts) :] = torch.nan
+        return stored
+
+    monkeypatch.setattr(generate, "captured", captured)
+    monkeypatch.setattr(longllama, "store", store_before_nan)
+    model, stepping = small_model(**changes), small_model(**changes)
+    stepping.forward = generate.Steps(stepping, generate.join)
+    ids = torch.randint(61, (2, 70))
+    for parts in ([1] * 70, [40] + [1] * 30, [40, 1, 1, 3, 1, 1, 9, 1, 1, 12]):
+        caches = [Cache(model.config) for _ in range(2)]
+        for part in ids.split(parts, dim=1):
+            (right, _), (logits, cache) = (m(part, cache) for m, cache in zip((model, stepping), caches))
+            assert (logits - right).abs().max() < 1e-4
+            assert caches[0].local_length == cache.local_length and caches[0].memory_length == cache.memory_length
+    assert 10 < len(prepared) < 25  # once where a local context begins, or memory has moved
+    forks = [cache.fork() for cache in caches for _ in range(2)]
+    for i in (0, 1, 0, 1):  # each goes on by itself
+        assert (model(ids[:, i : i + 1], forks[i])[0] - stepping(ids[:, i : i + 1], forks[i + 2])[0]).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+def test_what_steps_cannot_do_goes_the_usual_way(monkeypatch):
+    def captured(work):
+        raise AssertionError("captured")
+
+    monkeypatch.setattr(generate, "captured", captured)
+    ids = torch.randint(61, (2, 30))
+    for changes, mask in (({"mem_device": "cpu"}, None), ({}, F.pad(torch.ones(2, 27), (3, 0)))):
+        model, stepping = small_model(**changes), small_model(**changes)
+        stepping.forward = generate.Steps(stepping, generate.join)
+        (_, a), (_, b) = (m(ids, None, mask) for m in (model, stepping))
+        for i in range(3):
+            assert (model(ids[:, i : i + 1], a)[0] - stepping(ids[:, i : i + 1], b)[0]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="1 rows, and the cache has 2"):
+        stepping(ids[:1, :1], b)
 
 
 def test_without_a_compiler_compile_is_refused(monkeypatch, capsys):
