@@ -294,9 +294,9 @@ def statistics(
 
 # ------------------------------------------------------------------------------------------------- Compiled, captured
 #
-# A step of one token launches hundreds of small operations, and a GPU would wait for each. So layers are compiled, which fuses
-# them, and a whole step is captured as one CUDA graph. A graph does the same again, with the same places in memory: what
-# differs from step to step, the token and the length of the local context, has to be in tensors.
+# A step of one token is hundreds of small operations, and a GPU would wait for the launch of each. So layers are compiled, which
+# fuses them, and a whole step is captured as one CUDA graph. That does the very same again, in the same places in memory. What
+# differs from step to step, the token and the length of the local context, has to be in tensors then.
 
 
 def compile_layers(model: LongLlama):
@@ -402,20 +402,19 @@ class Steps:
                 layer.length = twin.local_length
             self.logits = self.model.logits(self.model.read_local(self.input_ids, twin))
 
-        self.replay = captured(step)
+        self.replay = captured(step, input_ids.device)
 
 
-def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """A function that does on the GPU, as one CUDA graph, what work() does there. work() may be repeated freely."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiled, and kernels chosen, before it is captured
-        for _ in range(3):
+def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A function that does on a GPU, as one CUDA graph, what work() does there. work() is called twice, and must not mind."""
+    with torch.cuda.device(device):
+        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what is compiled, chosen or set up on first use cannot be captured
             work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            work()
     return graph.replay
 
 

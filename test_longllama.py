@@ -1271,7 +1271,7 @@ def test_steps_with_lengths_in_tensors_give_the_same_logits(changes, monkeypatch
     """What a CUDA graph would replay, done again and again: nothing but the tensors may tell one step from another."""
     prepared, store = [], longllama.store
 
-    def captured(work):
+    def captured(work, device):
         prepared.append(work)
         for _ in range(3):
             work()
@@ -1301,7 +1301,7 @@ def test_steps_with_lengths_in_tensors_give_the_same_logits(changes, monkeypatch
 
 @torch.inference_mode()
 def test_what_steps_cannot_do_goes_the_usual_way(monkeypatch):
-    def captured(work):
+    def captured(work, device):
         raise AssertionError("captured")
 
     monkeypatch.setattr(generate, "captured", captured)

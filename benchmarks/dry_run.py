@@ -97,7 +97,7 @@ def dry_run(shape: str, B: int, T: int) -> list[str]:
         work = {name: n for name, n in watch.operations.items() if name not in VIEWS}
         flash = watch.operations["_scaled_dot_product_flash_attention"]
         model.forward = Steps(model, join)
-        with patch("generate.captured", lambda step: step() or step):
+        with patch("generate.captured", lambda step, device: step() or step):
             model(ids[:, :1], cache, logits_to_keep=1)
         sizes = (model_bytes(model), cache.memory_bytes, watch.peak - model_bytes(model) - cache.memory_bytes)
     return [f"{T:,}", *(f"{n / 2**30:.2f}" for n in sizes), f"{sum(work.values()):,}", f"{flash:,}"]
