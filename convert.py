@@ -43,10 +43,9 @@ def read_weights(folder: Path) -> Weights:
     """The tensors of a Hugging Face folder, of safetensors files if there are any. None is in memory until it is read."""
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         return dict(safetensors_weights(folder))
-    index = folder / "pytorch_model.bin.index.json"
-    return dict(
-        bin_weights([folder / name for name in (shard_names(index) if index.is_file() else ["pytorch_model.bin"])])
-    )
+    whole, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
+    sharded = index.is_file() and not whole.is_file()
+    return dict(bin_weights([folder / name for name in (shard_names(index) if sharded else [whole.name])]))
 
 
 def safetensors_weights(folder: Path) -> Iterator:
@@ -97,6 +96,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.replace(target)
     except OSError as error:
+        if error.filename and Path(error.filename) != unfinished:  # something else, that was read meanwhile
+            raise
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
@@ -167,10 +168,9 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
         else:
             print(f"convert.py: warning: {source} has no tokenizer.model; generate.py will need one", file=sys.stderr)
         target.mkdir(exist_ok=True)
-        for file in sorted(
-            made.iterdir(), key=lambda file: file.name == "config.json"
-        ):  # last: it makes the folder a model
-            os.replace(file, target / file.name)
+        for file in ("tokenizer.model", "model.safetensors", "config.json"):  # the last makes the folder a model
+            if (made / file).is_file():
+                os.replace(made / file, target / file)
 
 
 # ------------------------------------------------------------------------------------------------- How programs end
@@ -187,12 +187,13 @@ def first_line(error: Exception) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    said = any(text in str(error) for text in ("allocate memory", "out of memory", "not enough memory"))
+    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Files and values that do not fit, and too little memory, become a `UserError`. A bug of ours stays what it is."""
+    """OSError and ValueError, which say what does not fit, and too little memory, become a `UserError`."""
     try:
         yield
     except BrokenPipeError:
@@ -202,7 +203,7 @@ def user_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError("out of memory: try a shorter text, --dtype bfloat16 or --mem-dtype float8_e4m3fn") from None
+        raise UserError("out of memory: try a shorter text, or a smaller --dtype or --mem-dtype") from None
 
 
 @contextmanager
@@ -211,6 +212,7 @@ def ending_well(parser: argparse.ArgumentParser) -> Iterator[None]:
     try:
         with user_errors():
             yield
+            sys.stdout.flush()  # what waits in there has a reader, or not
     except UserError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

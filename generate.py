@@ -9,10 +9,11 @@ import os
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from itertools import count, takewhile
 from pathlib import Path
@@ -213,13 +214,15 @@ def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> 
 
     def numbered(group: str, device: torch.device) -> list[Tensor]:
         names = takewhile(tensors.__contains__, (f"{group}.{j}" for j in count()))
-        return [tensors[name].to(device) for name in names]
+        pinned = device.type == "cpu" and model.norm.weight.is_cuda  # see `Memory`
+        return [tensors[name].pin_memory() if pinned else tensors[name].to(device) for name in names]
 
     fits = True  # which a file that was changed by hand may not
     for i, layer in enumerate(cache.layers):
         memory = layer.memory
         layer.tensors, layer.length = numbered(f"{i}.local", device), cache.local_length
-        fits &= [x.shape[2] for x in layer.tensors] == [cache.local_length] * (2 if memory is None else 3)
+        kinds = 0 if cache.local_length == 0 else 2 if memory is None else 3
+        fits &= [x.shape[2] for x in layer.tensors] == [cache.local_length] * kinds
         if memory is not None:
             kept = memory.device or device
             memory.blocks = list(zip(numbered(f"{i}.memory.k", kept), numbered(f"{i}.memory.v", kept)))
@@ -353,22 +356,24 @@ class Steps:
 
     The graph is captured anew where a cache's tensors are others than those before: after the window overflowed, say. What it
     cannot do goes the usual way: other numbers of tokens, an overflow, padding, memory in main memory or of another kind.
+    There is one graph, so one step at a time, and weights have to stay where they are.
     """
 
     def __init__(self, model: LongLlama, join: Callable):
         self.model, self.read, self.join = model, model.forward, join
-        self.places = self.replay = None
+        self.places: list[weakref.ref] = []  # the tensors that the graph reads and writes, which a cache may drop
 
     def __call__(
         self, input_ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None, *args, **kwargs
     ):
         if attention_mask is not None or cache is None or not self.fits(input_ids, cache):
-            self.places = self.replay = None  # lets go of the cache
             return self.read(input_ids, cache, attention_mask, *args, **kwargs)
-        places = [x for layer in cache.layers for x in (layer.tensors, layer.memory and layer.memory.blocks)]
-        if self.places is None or any(x is not y for x, y in zip(places, self.places)):
+        tensors = [x for layer in cache.layers for x in layer.tensors]
+        tensors += [x for layer in cache.layers if layer.memory for block in layer.memory.blocks for x in block]
+        if len(self.places) != len(tensors) or any(place() is not x for place, x in zip(self.places, tensors)):
+            self.places, self.replay, self.logits = [], None, None  # whatever comes of it, no more of the one before
             self.prepare(input_ids, cache)
-            self.places = places
+            self.places = [weakref.ref(x) for x in tensors]
         self.input_ids.copy_(input_ids)
         self.start.fill_(cache.local_length)
         self.replay()
@@ -389,7 +394,7 @@ class Steps:
     def prepare(self, input_ids: Tensor, cache: Cache):
         """Makes `replay`, which reads `input_ids` as the token at position `start`, and writes its `logits`."""
         with torch.inference_mode(False):  # or they could not be written into once that mode is over
-            self.input_ids, self.start = input_ids.clone(), input_ids.new_tensor([cache.local_length])
+            self.input_ids, self.start = input_ids.clone(), torch.tensor([cache.local_length], device=input_ids.device)
         twin = copy(cache)
         twin.layers = [StepContext(layer, self.join) for layer in cache.layers]
         for layer in twin.layers:
@@ -397,23 +402,26 @@ class Steps:
                 tensor[:, :, cache.local_length :] = 0  # no NaN, which would be attended to in spite of being padding
 
         def step():
-            twin.local_length = self.start.clone()  # `read_local` adds 1 to it, in place
+            twin.local_length = self.start.clone()  # `read` adds 1 to it, in place
             for layer in twin.layers:
                 layer.length = twin.local_length
-            self.logits = self.model.logits(self.model.read_local(self.input_ids, twin))
+            self.logits = self.model.logits(self.model.read(self.input_ids, twin, only_remember=False))
 
         self.replay = captured(step, input_ids.device)
+
+
+side_stream = lru_cache(torch.cuda.Stream)  # one for each device, since cuBLAS sets up room for each stream, for good
 
 
 def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A function that does on a GPU, as one CUDA graph, what work() does there. work() is called twice, and must not mind."""
     with torch.cuda.device(device):
-        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside, graph = side_stream(device), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what is compiled, chosen or set up on first use cannot be captured
             work()
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):
             work()
     return graph.replay
 

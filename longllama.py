@@ -11,21 +11,14 @@ are no new weights, and a model trained on 8k tokens reads 256k and more.
 
 Five ideas carry it, each a short function or class below:
 
-  `Memory`                 Remembered keys lose their position. RoPE was never trained to count to a million, so memory
-                           keeps keys unrotated, which equals rotated at position 0, where the local context starts.
-  `attend`, `merge`        One softmax over both sets. It is the softmaxes over each, weighted by their log-sum-exps:
-                           exactly, so a memory of any length is attended to block by block.
-  `split_into_windows`     A long prompt is read window by window. Each attends to the memory of all before it, and then
-  `attend_windows`         moves into memory whole.
-  `Cache.restart`          Overflow: when the window is full, all of the local context moves into memory, or all but its
-                           newest tokens, and a new one starts at position 0.
-  `cross_batch_attention`  Training mixes keys of the true past with keys of unrelated documents, so that memory layers
-                           learn to tell them apart.
+  `Memory`                 Remembered keys lose their position: all stand where the local context starts.
+  `attend`, `merge`        One softmax over both sets is the softmaxes over each, weighted by their log-sum-exps: exactly.
+  `split_into_windows`     A long prompt is read window by window, each with the memory of all before it.
+  `Cache.restart`          A local context ends: it moves into memory, and the next one starts at position 0.
+  `cross_batch_attention`  Training mixes keys of the true past with those of other documents, to be told apart.
 
-The axes of tensors:
-
-    B batch   W windows   T new tokens   S tokens in any set of keys   H query heads   G key-value heads (fewer than H:
-    grouped-query attention)   D head dim   C hidden size   V vocabulary
+The axes of tensors: B batch, T new tokens, S tokens in any set of keys, H query heads, G key-value heads (fewer than H:
+grouped-query attention), D head dim, C hidden size, V vocabulary.
 """
 
 import json
@@ -83,11 +76,10 @@ class LongLlamaConfig:
     pad_token_id: int = 0
 
     def __post_init__(self):
-        heads, grouping, counts = self.num_attention_heads, self.mem_attention_grouping, (int, int | None)
+        heads, grouping = self.num_attention_heads, self.mem_attention_grouping
         groups = heads if self.num_key_value_heads is None else self.num_key_value_heads
-        object.__setattr__(self, "num_key_value_heads", groups)
-        object.__setattr__(self, "mem_layers", tuple(self.mem_layers))
-        object.__setattr__(self, "mem_attention_grouping", grouping and tuple(grouping))
+        tuples = {"mem_layers": tuple(self.mem_layers), "mem_attention_grouping": grouping and tuple(grouping)}
+        vars(self).update(tuples, num_key_value_heads=groups)  # frozen, but for this
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if value is None and field.default is None:
@@ -96,7 +88,7 @@ class LongLlamaConfig:
             if limit:
                 fits = type(value) is int and 0 <= value < limit
                 require(fits, f"{name} must be at least 0 and less than {limit}, not {value!r}")
-            elif field.type in counts:
+            elif field.type in (int, int | None):
                 require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
             elif field.type is bool:
                 require(type(value) is bool, f"{name} must be true or false, not {value!r}")
@@ -138,6 +130,7 @@ class LongLlamaConfig:
 
 # ------------------------------------------------------------------------------------------- Linear, norm and RoPE
 
+Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_table`
 PARTS = 16  # a weight is read as so many products at once, at least one for each core
 
 
@@ -168,9 +161,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
-Rope = tuple[Tensor, Tensor]
-
-
 def rope_table(start: int | Tensor, T: int, config: LongLlamaConfig, device: torch.device) -> Rope:
     """cos and sin of the angles at positions start to start + T - 1 (Su et al. 2021), float32: (T, D/2) each."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # (D/2,)
@@ -191,25 +181,21 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 # log-sum-exp of each query's scores, (B, H, T), which is all it takes to merge it with attention over another set.
 
 Attended = tuple[Tensor, Tensor]
-
 ROWS = 128  # of the score matrix that the plain formula holds at once
 FEW_ROWS = 16  # up to so many queries, reading the keys is the work; on a CPU the plain formula reads them fastest
 CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor's cache when they are used
 GATHERED = 1 << 24  # numbers of the best values that are gathered at once
 
 
-def store(parts: list[Tensor], capacity: int, dtype: torch.dtype, device: torch.device, pin: bool = False) -> Tensor:
-    """The parts, (B, G, n, D) each, in a row in new storage (B, G, capacity, D): contiguous, D made a multiple of 8 by zeros.
-
-    Fused kernels want that multiple, and would copy all keys on every call to get it: the 3B model's heads have 100. pin: main
-    memory that can be copied to a GPU while that computes.
-    """
-    B, G, _, D = parts[0].shape
+def store(parts: tuple[Tensor, ...], capacity: int, dtype: torch.dtype, device: torch.device, pin: bool = False) -> Tensor:
+    """The parts, (B, G, n, D) each, in a row in new storage (B, G, capacity, D), D padded to the multiple of 8 that fused kernels
+    want (the 3B model's heads have 100). pin: main memory that can be copied to a GPU while that computes."""
+    B, G, _, D = parts[-1].shape
     size, start = (B, G, capacity, -(-D // 8) * 8), 0
     with torch.inference_mode(False):  # or it could not be written into once that mode is over
         stored = torch.empty(size, dtype=dtype, device=device, pin_memory=pin)
     for x in parts:
-        stored[:, :, start : start + x.shape[2], :D] = x
+        stored[:, :, start : start + x.shape[2], :D] = x[..., :D]
         start += x.shape[2]
     stored[..., D:] = 0
     return stored
@@ -227,10 +213,8 @@ def cast_pieces(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def copy_float8(room: Tensor, x: Tensor) -> Tensor:
-    """room.copy_(x) for finite float8_e4m3fn, which torch converts number by number on a CPU: eight times slower.
-
-    The bits of a float8, sign, 4 of exponent, 3 of mantissa, stand in a float16 of 5 and 10, and make a number 256 times smaller.
-    """
+    """room.copy_(x) for finite float8_e4m3fn, eight times as fast as torch's on a CPU: its bits (sign, 4 of exponent, 3 of
+    mantissa) moved into a float16's (5 and 10) make a number 256 times smaller."""
     bits = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(8).bitwise_right_shift_(1).bitwise_and_(~(1 << 14))
     return room.copy_(bits.view(torch.float16)).mul_(256)
 
@@ -255,10 +239,8 @@ def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int | None) -> Attended:
-    """The formula, with the softmax in float32: q (B, G, R, D) -> (B, G, R, D) and (B, G, R).
-
-    first: causal, and the first query is the first-th token; None: not causal.
-    """
+    """The formula, with the softmax in float32: q (B, G, R, D) -> (B, G, R, D) and (B, G, R). first: the position of the first
+    query, which sees keys 0 to first, the next one more; None: all see all."""
     scores = score(q, k, bias, scale)
     if first is not None:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
@@ -276,31 +258,27 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
 def has_flash(q: Tensor) -> bool:
     """Whether FlashAttention computes with q: on a GPU since Ampere, in half precision, with heads of at most 256."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 256
-    return half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    built = torch.backends.cuda.is_flash_attention_available()
+    return half and built and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = ROWS
-) -> Attended:
+def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = ROWS) -> Attended:
     """Attention of q (B, H, T, D) over one set of keys k and values v (B, G, S, D). H is a multiple of G.
 
-    real: (B, 1, S, 1), shaped like keys, False where one is padding; None: all real. causal: T = S, and query t sees keys 0
-    to t. k and v may be of another dtype than q, and have zeros behind the D numbers of a head, see `store`.
-    The one place that chooses kernels: fused ones that also return the log-sum-exp, where there is one; else the formula, `rows`
-    queries at once: few queries on a CPU; float32, padding or an old card on a GPU; gradients anywhere.
+    real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
+    be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
+    formula, `rows` queries at once: few queries on a CPU; float32, padding or an old card on a GPU; gradients anywhere.
     """
     (B, H, T, D), G = q.shape, k.shape[1]
     if H != G and causal:  # folded, queries of several heads would stand in one causal triangle
         k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
-    if D % 8 and k.shape[3] == D and q.is_cuda:  # straight from the projection, and not from `store`
-        k, v = (F.pad(x, (0, -D % 8)) for x in (k, v))
     q, bias = fold(q, k), padding_bias(real, q.dtype)
 
     fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
     if fused and q.device.type == "cpu" and q.shape[2] > FEW_ROWS:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, attn_mask=bias, scale=D**-0.5)
-    elif fused and has_flash(q) and bias is None:
+    elif fused and bias is None and has_flash(q):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, scale=D**-0.5)[:2]
     else:
@@ -311,10 +289,8 @@ def attend(
 
 
 def attend_topk(q: Tensor, sets: Iterator[tuple[Tensor, Tensor, Tensor | None]], K: int) -> Attended:
-    """kNN attention (paper, section 3.1): a query of q (B, H, T, D) attends to the K best keys of all sets, by exact search.
-
-    sets: (k, v, real), as in `attend`. The best of each set compete with the best of those before it.
-    """
+    """kNN attention (paper, section 3.1): a query of q (B, H, T, D) attends to the K best keys of all sets (k, v, real), as in
+    `attend`, by exact search: the best of each set compete with the best of those before it."""
     best, values, D = None, None, q.shape[3]
     for k, v, real in sets:
         new, at = score(fold(q, k), k, padding_bias(real, q.dtype), D**-0.5).topk(min(K, k.shape[2]))  # (B, G, H / G * T, K)
@@ -329,10 +305,8 @@ def attend_topk(q: Tensor, sets: Iterator[tuple[Tensor, Tensor, Tensor | None]],
 
 
 def merge(a: Attended, b: Attended) -> Attended:
-    """Attention over the union of two sets of keys from attention over each.
-
-    One softmax over both gives set a the share exp(lse_a) / (exp(lse_a) + exp(lse_b)) = sigmoid(lse_a - lse_b).
-    """
+    """Attention over the union of two sets of keys from attention over each, exactly: one softmax over both gives set a the share
+    exp(lse_a) / (exp(lse_a) + exp(lse_b)) = sigmoid(lse_a - lse_b)."""
     (out_a, lse_a), (out_b, lse_b) = a, b
     share = (lse_a - lse_b).sigmoid().unsqueeze(-1)  # (B, H, T, 1)
     return out_b.float().lerp(out_a.float(), share), torch.logaddexp(lse_a, lse_b)
@@ -340,26 +314,20 @@ def merge(a: Attended, b: Attended) -> Attended:
 
 # -------------------------------------------------------------------------------------------- What a layer attends to
 #
-# `attend_windows`, `LocalCache.attend` and `cross_batch_attention` are each given a layer's new queries, keys, values and
-# unrotated keys, and return what the queries got, (B, H, T, D). `Memory` is what the first two share.
+# `LocalCache.attend` and `cross_batch_attention` are each given a layer's new queries, keys, values and unrotated keys, and
+# return what the queries got, (B, H, T, D).
 
 
 def float8_scale(x: Tensor) -> Tensor:
-    """What to divide keys or values by, so as to store them as float8, from the first ones x (B, G, n, D): (B, G, 1, 1).
-
-    float8_e4m3fn keeps four binary digits of numbers from 2**-6 to 448. The scale of each head, a power of two, so that it
-    rounds nothing, puts the largest number of x at 1/2 to 1. What comes later may be 448 times as large before it is cut off,
-    and keeps its digits down to a 32nd.
-    """
+    """What to divide keys or values by to store them as float8, from the first ones x (B, G, n, D): (B, G, 1, 1). A power of two
+    for each head, which rounds nothing, puts their largest number at 1/2 to 1; float8 keeps all digits from 2**-6 to 448."""
     largest = x.detach().float().abs().amax(dim=(2, 3), keepdim=True)
     return torch.where(largest > 0, largest, 1).log2().ceil().exp2()
 
 
 def stream(blocks: list[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """The blocks on a device, one by one; each is good until the next one is asked for.
-
-    From main memory to a GPU a block is copied while the one before is computed with, between two buffers.
-    """
+    """The blocks on a device, one by one; each is good until the next one is asked for. From main memory to a GPU, a block is
+    copied while the one before is computed with: there are two buffers."""
     if device.type != "cuda" or blocks[0][0].device == device or torch.is_grad_enabled():  # autograd keeps what it is given
         yield from ((k.to(device), v.to(device)) for k, v in blocks)
         return
@@ -381,8 +349,7 @@ class Memory:
     """The unrotated keys and the values of everything before the local context, for one memory layer.
 
     They are kept in mem_dtype in blocks, (B, G, tokens, D) each, that are never changed, so that forks can share them. A new
-    block is joined to the one before it unless that is over four times as large, or together they exceed BLOCK: blocks grow
-    geometrically, there are few, and a token is moved some ten times on the way into a full one.
+    block is joined to the one before it unless that is over four times as large, or together they exceed BLOCK: so few remain.
 
         after 5 windows   [. . . . .]       after 6   [. . . . .] [.]       after 7   [. . . . . . .]
     """
@@ -407,13 +374,13 @@ class Memory:
             k, v = ((x / scale).clamp(-448, 448) for x, scale in zip((k, v), self.scales))
         self.blocks = list(self.blocks)  # forks share the old list
         for block in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
-            self.blocks.append(tuple(put([x], x.shape[2]) for x in block))
+            self.blocks.append(tuple(put((x,), x.shape[2]) for x in block))
             while len(self.blocks) > 1:
                 old, new = self.blocks[-2:]
                 tokens = old[0].shape[2] + new[0].shape[2]
                 if old[0].shape[2] > 4 * new[0].shape[2] or tokens > self.BLOCK:
                     break
-                self.blocks[-2:] = [tuple(put(list(x), tokens) for x in zip(old, new))]
+                self.blocks[-2:] = [tuple(put(x, tokens) for x in zip(old, new))]
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
@@ -438,34 +405,9 @@ class Memory:
         yield from ((*block, real) for block, real in zip(stream(self.blocks, device), reals))
 
 
-def attend_windows(
-    q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, W: int, memory: Memory | None, real: Tensor | None
-) -> Tensor:
-    """W windows in a row, (B * W, H, T, D): each a local context, which sees memory, and then moves into it whole.
-
-    real: (B, 1, tokens before + W * T, 1), see `attend`. A layer without memory reads all windows independently.
-    """
-    T = q.shape[2]
-    own = None if real is None else real[:, :, -W * T :].reshape(-1, 1, T, 1)
-    local = attend(q, k, v, own, causal=True)
-    if memory is None:
-        return local[0]
-    outs, local = [], [x.unflatten(0, (-1, W)) for x in local]  # (B, W, H, T, D) and (B, W, H, T)
-    q, v, unrotated = (x.unflatten(0, (-1, W)) for x in (q, v, unrotated))  # (B, W, H or G, T, D)
-    for w in range(W):
-        attended = local[0][:, w], local[1][:, w]
-        if memory.length:
-            attended = merge(memory.attend(q[:, w], real), attended)
-        memory.append(unrotated[:, w], v[:, w])
-        outs.append(attended[0].to(q.dtype))
-    return torch.stack(outs, dim=1).flatten(0, 1)
-
-
 class LocalCache:
-    """Rotated keys, and values, of the local context of one layer; in a memory layer unrotated keys too; and its memory.
-
-    The tensors, (B, G, capacity, D), hold `length` tokens, and have room for more, to be written in place.
-    """
+    """One layer's memory, or None, and local context: `tensors`, rotated keys, values and, in a memory layer, unrotated keys,
+    (B, G, capacity, D) each, hold `length` tokens, and have room for more, to be written in place."""
 
     def __init__(self, config: LongLlamaConfig, memory: Memory | None, rotates: bool):
         self.config, self.memory, self.rotates = config, memory, rotates
@@ -494,10 +436,12 @@ class LocalCache:
             self.tensors = [torch.cat((x[..., : y.shape[3]], y), dim=2) for x, y in zip(old, new)] if old else new
             return self.tensors[:2]
         if not old or self.length > self.tensors[0].shape[2]:
-            capacity = max(self.config.max_position_embeddings, self.length + start)
-            self.tensors = [store([x], capacity, x.dtype, x.device) for x in (old or new)]
-        for tensor, x in zip(self.tensors, new):
-            tensor[:, :, start : self.length, : x.shape[3]] = x
+            window = self.config.max_position_embeddings
+            capacity = window if self.length <= window else self.length + start
+            self.tensors = [store(x, capacity, x[-1].dtype, x[-1].device) for x in (zip(old, new) if old else zip(new))]
+        else:
+            for tensor, x in zip(self.tensors, new):
+                tensor[:, :, start : self.length, : x.shape[3]] = x
         return self.filled()[:2]
 
     def filled(self) -> list[Tensor]:
@@ -505,6 +449,8 @@ class LocalCache:
 
     def restart(self, keep: int):
         """All but the newest `keep` tokens move into memory, or are forgotten; those stay, at positions from 0 on."""
+        if not self.tensors:  # above the last memory layer, of a prefix
+            return
         moved, D = self.length - keep, self.config.head_dim
         old, kept = zip(*(x[..., :D].split((moved, keep), dim=2) for x in self.filled()))
         if self.memory is not None:
@@ -525,10 +471,8 @@ class LocalCache:
 
 
 class Cache:
-    """What a model knows of the tokens that it has read: every layer's local context, and the memory layers' memory.
-
-    A model writes into the cache that it is given. To go on from one point more than once, go on from forks.
-    """
+    """What a model knows of the tokens that it has read: every layer's local context, and the memory layers' memory. A model
+    writes into the cache that it is given: to go on from one point more than once, go on from forks."""
 
     def __init__(self, config: LongLlamaConfig, new_memory: Callable[[LongLlamaConfig], Memory] = Memory):
         """new_memory: makes the memory of a layer, of `Memory` or a subclass."""
@@ -570,8 +514,7 @@ class Cache:
 def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, extra: list[int]) -> Tensor:
     """FoT's training attention (paper, section 3.2): entry b sees itself, causally, and all of the extra[b] entries before.
 
-    q (B, H, T, D); k, v and the unrotated keys (B, G, T, D) -> (B, H, T, D). The other entries' keys are unrotated, as
-    they would be in memory. One softmax goes over them and the entry's own keys, and gradients flow into all of them.
+    The other entries' keys are unrotated, as in memory. One softmax goes over all, and gradients flow into all.
     """
     T, gqa = q.shape[2], q.shape[1] != k.shape[1]
     if not any(extra):
@@ -588,9 +531,8 @@ def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, ex
 def cross_batch_extra(B: int, cross_batch_range: int, packing: int, stepping: bool = True) -> list[int]:
     """How many of the entries before it each of the B entries of a batch sees; at most cross_batch_range.
 
-    Entries are packed: `packing` consecutive ones are consecutive chunks of one document. So the nearest extra contexts
-    are the true past (positives), and those from before the document's start are unrelated (negatives). Stepping lets
-    one batch train several ranges, 0 included: the later an entry in its document, the more it sees, the last all of it.
+    `packing` consecutive entries are chunks of one document: the nearest extra contexts are the true past (positives), the
+    others unrelated (negatives). Stepping: the later an entry in its document, the more it sees, so one batch trains all ranges.
     """
     step = -(-(cross_batch_range + 1) // max(packing - 1, 1))
     ranges = [min(b % packing * step, cross_batch_range) if stepping else cross_batch_range for b in range(B)]
@@ -598,8 +540,6 @@ def cross_batch_extra(B: int, cross_batch_range: int, packing: int, stepping: bo
 
 
 # ----------------------------------------------------------------------------------------------------------- Block
-
-AttendTo = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # queries, keys, values, unrotated keys -> what queries got
 
 
 class Attention(nn.Module):
@@ -611,17 +551,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, H, T, D); k, v, and k unrotated, (B, G, T, D) each."""
-        unrotated, v = self.heads(self.qkv_proj(x)).split((self.H + self.G, self.G), dim=1)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # (B, H + 2 * G, T, D)
+        unrotated, v = heads.split((self.H + self.G, self.G), dim=1)
         qk = rotate(unrotated, rope) if self.rotates else unrotated
         return qk[:, : self.H], qk[:, self.H :], v, unrotated[:, self.H :]
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The unrotated keys and the values alone, (B, G, T, D) each."""
-        return self.heads(linear(x, self.qkv_proj.weight[self.H * self.D :])).chunk(2, dim=1)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads * D) -> (B, heads, T, D)."""
-        return x.unflatten(-1, (-1, self.D)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -645,8 +578,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, attend_to: AttendTo) -> Tensor:
-        """x (B, T, C) -> (B, T, C): attention, which has all the state, between two parts without any, which can be compiled."""
+    def forward(self, x: Tensor, rope: Rope, attend_to: Callable[..., Tensor]) -> Tensor:
+        """x (B, T, C) -> (B, T, C). attend_to, of queries, keys, values and unrotated keys, has the state: the rest compiles."""
         return self.update(x, attend_to(*self.project(x, rope)))
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -660,38 +593,26 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- Windows
 
-AT_ONCE = 2048  # tokens of whole windows that are read as one batch, in each row
 
-
-class Piece(NamedTuple):  # new tokens start to stop - 1
+class Piece(NamedTuple):  # new tokens start to stop - 1, which join the local context
     start: int
     stop: int
     keep: int  # so many of the local context's newest tokens stay local when the piece begins; the others move into memory
-    windows: int  # n > 0: it is n windows that move into memory as they are read; 0: it joins the local context
 
 
 def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[Piece]:
-    """How T new tokens are read.
-
-    The prefix, all but `last` tokens at the end, is read in windows of max_position_embeddings. On a fresh cache every window,
-    and then the end, is a local context of its own. On a cache that holds something each joins the local context if both fit
-    one window; if not, only the newest keep_local tokens stay. Without memory layers there is one piece.
-    """
+    """How T new tokens are read: the prefix, all but the last `last`, in windows of max_position_embeddings, then the end. On a
+    fresh cache each is a local context of its own; otherwise it joins the local context if both fit one window, and if not,
+    only the newest keep_local tokens of that stay. Without memory layers there is one piece."""
     if not config.mem_layers:
-        return [Piece(0, T, cache.local_length, 0)]
-    window, fresh = config.max_position_embeddings, cache.local_length + cache.memory_length == 0
-    prefix, local, keeps, pieces = max(T - last, 0), cache.local_length, [], []
-    cuts = list(pairwise([*range(0, prefix, window), prefix, T]))
-    for start, stop in cuts:
+        return [Piece(0, T, cache.local_length)]
+    window, local = config.max_position_embeddings, cache.local_length
+    fresh, prefix, pieces = local + cache.memory_length == 0, max(T - last, 0), []
+    for start, stop in pairwise([*range(0, prefix, window), prefix, T]):
         room = window - (stop - start)
-        keeps.append(0 if fresh else local if local <= room else max(min(config.keep_local, room), 0))
-        local = keeps[-1] + stop - start
-    for (start, stop), keep, then in zip(cuts, keeps, [*keeps[1:], None]):
-        windows = 1 if keep == 0 and then == 0 else 0
-        if windows and pieces and pieces[-1].windows and stop - start == window and stop - pieces[-1].start <= AT_ONCE:
-            before = pieces.pop()
-            start, windows = before.start, before.windows + 1
-        pieces.append(Piece(start, stop, keep, windows))
+        keep = 0 if fresh else local if local <= room else max(min(config.keep_local, room), 0)
+        local = keep + stop - start
+        pieces.append(Piece(start, stop, keep))
     return pieces
 
 
@@ -716,8 +637,9 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     """Name -> (file, shape, dtype such as "BF16") of the tensors in model.safetensors, or its shards; none is read."""
-    index, found = folder / "model.safetensors.index.json", {}
-    for path in (folder / name for name in (shard_names(index) if index.is_file() else ["model.safetensors"])):
+    whole, index, found = folder / "model.safetensors", folder / "model.safetensors.index.json", {}
+    sharded = index.is_file() and not whole.is_file()
+    for path in (folder / name for name in (shard_names(index) if sharded else [whole.name])):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: if the weights are pytorch_model.bin files, run convert.py first")
         try:
@@ -756,7 +678,7 @@ class LongLlama(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=self.config.hidden_size**-0.5)
+                nn.init.normal_(parameter, std=config.hidden_size**-0.5)
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (B, T, C) -> (B, T, V)."""
@@ -791,40 +713,27 @@ class LongLlama(nn.Module):
 
         first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
         hidden = []
-        for start, stop, keep, windows in split_into_windows(T, last, cache, self.config):
+        pieces = split_into_windows(T, last, cache, self.config)
+        for (start, stop, keep), then in zip(pieces, [*pieces[1:], None]):
             cache.restart(keep)
             cache.note_padding(B, stop - start, None if real is None else real[:, :, start:stop])
-            ids = input_ids[:, start:stop]
-            x = self.read_windows(ids, cache, windows, stop <= first) if windows else self.read_local(ids, cache)
+            only_remember = then is not None and then.keep == 0 and stop <= first
+            x = self.read(input_ids[:, start:stop], cache, only_remember)
             if stop > first:
                 hidden.append(x[:, max(first - start, 0) :])
         return self.logits(torch.cat(hidden, dim=1)), cache
 
-    def read_windows(self, input_ids: Tensor, cache: Cache, W: int, only_remember: bool) -> Tensor:
-        """W windows of T tokens, (B, W * T) -> hidden states (B, W * T, C); and into memory with them.
-
-        Layers without memory read all windows as one batch. Where nobody wants a token's logits, it matters only through what
-        memory layers remember of it: with only_remember, everything after the last one's keys and values is left out.
-        """
-        x = self.embed_tokens(input_ids.unflatten(1, (W, -1)).flatten(0, 1))  # (B * W, T, C)
-        rope = rope_table(0, x.shape[1], self.config, x.device)
-        for i, layer in enumerate(self.layers):
-            memory = cache.layers[i].memory
-            if only_remember and i == max(self.config.mem_layers):
-                keys_values = layer.self_attn.keys_values(layer.input_layernorm(x))  # (B * W, G, T, D)
-                memory.append(*(part.unflatten(0, (-1, W)).transpose(1, 2).flatten(2, 3) for part in keys_values))
-                break
-            x = layer(x, rope, partial(attend_windows, W=W, memory=memory, real=cache.real))
-        cache.memory_length += input_ids.shape[1]
-        return x.unflatten(0, (-1, W)).flatten(1, 2)
-
-    def read_local(self, input_ids: Tensor, cache: Cache) -> Tensor:
-        """T tokens that join the local context, (B, T) -> hidden states (B, T, C)."""
+    def read(self, input_ids: Tensor, cache: Cache, only_remember: bool) -> Tensor:
+        """T tokens that join the local context, (B, T) -> hidden states (B, T, C). only_remember: all will be in memory before
+        a token is read, and no logits are wanted: so what follows the last memory layer's keys and values is left out."""
         T = input_ids.shape[1]
         rope = rope_table(cache.local_length, T, self.config, input_ids.device)
         cache.local_length += T
         x = self.embed_tokens(input_ids)
-        for layer, context in zip(self.layers, cache.layers):
+        for i, (layer, context) in enumerate(zip(self.layers, cache.layers)):
+            if only_remember and i == max(self.config.mem_layers):
+                context.append(list(layer.project(x, rope)[1:]))
+                break
             x = layer(x, rope, partial(context.attend, real=cache.real))
         return x
 
@@ -868,10 +777,8 @@ class LongLlama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device="cpu", dtype=torch.float32, **config_overrides) -> "LongLlama":
-        """The model in a folder of config.json and model.safetensors (or Hugging Face's shards), straight onto the device.
-
-        Raises FileNotFoundError or ValueError, naming the file, the field or the tensor.
-        """
+        """The model in a folder of config.json and model.safetensors (or Hugging Face's shards), straight onto the device. Raises
+        FileNotFoundError or ValueError, naming the file, the field or the tensor."""
         folder = Path(folder)
         config = LongLlamaConfig.from_json(folder / "config.json", **config_overrides)
         with torch.device("meta"):  # shapes without storage: they are compared before any is taken

@@ -410,13 +410,14 @@ def test_no_tensor_of_prompt_times_vocabulary_or_prompt_or_window_times_memory()
     with LargestTensor() as seen:
         list(model.generate(torch.randint(1000, (1, T)), 3, temperature=0))
     block = T * model.config.hidden_size  # keys of all tokens
-    widest = longllama.AT_ONCE * 2 * model.config.intermediate_size
+    widest = (
+        window * model.config.vocab_size
+    )  # the logits of the prompt's last window would be: only one row of them is made
     assert block // 2 <= seen.numel <= max(block, widest) < window * T < T * 1000
 
 
 @torch.no_grad()
-def test_a_prefix_leaves_nothing_behind_but_memory(monkeypatch):
-    monkeypatch.setattr(longllama, "AT_ONCE", 16)
+def test_a_prefix_leaves_nothing_behind_but_memory():
     model, T, live = small_model(mem_layers=(1,), num_key_value_heads=1, mem_dtype="bfloat16"), 1600, []
     cache = Cache(model.config)
 
@@ -731,8 +732,8 @@ def test_gradients_flow_through_memory():
 
     def loss(step: float) -> torch.Tensor:
         x = (embedded + step * direction).requires_grad_()
-        pieces = iter(x.split([48, 4, 8], dim=1))  # three windows as one batch, a short one, and the last tokens
-        handle = model.embed_tokens.register_forward_hook(lambda _, __, out: next(pieces).reshape(out.shape))
+        pieces = iter(x.split([16, 16, 16, 4, 8], dim=1))  # three windows, a short one, and the last tokens
+        handle = model.embed_tokens.register_forward_hook(lambda *_: next(pieces))
         out = model(ids, logits_to_keep=8)[0].double().square().sum()
         handle.remove()
         return out, x
@@ -1293,7 +1294,7 @@ def test_steps_with_lengths_in_tensors_give_the_same_logits(changes, monkeypatch
             (right, _), (logits, cache) = (m(part, cache) for m, cache in zip((model, stepping), caches))
             assert (logits - right).abs().max() < 1e-4
             assert caches[0].local_length == cache.local_length and caches[0].memory_length == cache.memory_length
-    assert 10 < len(prepared) < 25  # once where a local context begins, or memory has moved
+    assert 8 <= len(prepared) <= 20  # once where a local context begins, or memory has moved
     forks = [cache.fork() for cache in caches for _ in range(2)]
     for i in (0, 1, 0, 1):  # each goes on by itself
         assert (model(ids[:, i : i + 1], forks[i])[0] - stepping(ids[:, i : i + 1], forks[i + 2])[0]).abs().max() < 1e-4
