@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -603,10 +604,13 @@ def test_a_saved_memory_goes_on_as_if_there_had_been_no_stop(name, padded, tmp_p
     mask = torch.ones_like(ids)
     mask[0, : 2 * padded] = 0
     cache = resumed = None
-    for part, real in zip(ids.split(segments, dim=1), mask.split(segments, dim=1)):
+    for i, (part, real) in enumerate(zip(ids.split(segments, dim=1), mask.split(segments, dim=1))):
         right, cache = model(part, cache, real)
         logits, resumed = model(part, resumed, real)
         assert (logits - right).abs().max() < 1e-5
+        if i == 2:  # all in memory, and no local context
+            cache.restart()
+            resumed.restart()
         generate.save_memory(tmp_path / "memory", resumed.fork(), model)
         resumed = generate.load_memory(tmp_path / "memory", model)
         lengths = [(c.local_length, c.memory_length, c.memory_bytes) for c in (cache, resumed)]
@@ -889,6 +893,17 @@ def as_released(folder: Path, layout: str):
         (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
 
 
+def test_a_whole_file_is_read_where_an_old_index_lies_beside_it(tmp_path):
+    """As transformers does: the index is what is left of an earlier, sharded model."""
+    hf_llama(tmp_path / "old")
+    as_released(tmp_path / "old", "safetensors_sharded")
+    new = LongLlama(LongLlamaConfig.from_json(tmp_path / "old" / "config.json"))
+    convert.save_pretrained(new, tmp_path / "old")
+    read = LongLlama.from_pretrained(tmp_path / "old")
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), new.parameters()))
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "old").lm_head.weight, read.lm_head.weight)
+
+
 def run_convert(*args):
     return run_main(convert.main, *args)
 
@@ -1074,10 +1089,8 @@ def test_streaming_holds_back_only_unfinished_characters():
     decoder, text = StreamDecoder(tokenizer), ""
     for i, _ in enumerate(ids):
         text += decoder.feed(ids[i])
-        whole = tokenizer.decode(ids[: i + 1]).rstrip(
-            "\ufffd"
-        )  # SentencePiece shows bytes that wait for more as U+FFFD
-        assert text == whole
+        whole = tokenizer.decode(ids[: i + 1])
+        assert text == whole.rstrip("\ufffd")  # which is how SentencePiece shows bytes that wait for more
 
 
 def test_a_continuation_keeps_its_leading_space():
@@ -1227,6 +1240,16 @@ def test_running_out_of_memory_gets_one_line_and_status_2(capsys, monkeypatch):
     monkeypatch.setattr(LongLlama, "forward", no_memory)
     assert run_generate("--prompt", "a") == 2
     assert "out of memory" in one_line(capsys)
+
+
+def test_a_program_whose_output_nobody_reads_ends_quietly():
+    script = "import argparse, convert\nwith convert.ending_well(argparse.ArgumentParser()):\n    print('x' * 9)"
+    ours, theirs = os.pipe()
+    os.close(ours)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, env=buffered, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_ctrl_c_keeps_what_there_is(capsys, monkeypatch):

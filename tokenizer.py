@@ -76,13 +76,10 @@ class StreamDecoder:
         replaced, self.pending = "", self.pending + byte
         while True:
             try:
-                text = codecs.getincrementaldecoder("utf-8")().decode(
-                    self.pending
-                )  # "" while a character is unfinished
-            except (
-                UnicodeDecodeError
-            ):  # the first byte starts no character: SentencePiece replaces it and tries the next
+                text = codecs.getincrementaldecoder("utf-8")().decode(self.pending)
+            except UnicodeDecodeError:  # SentencePiece replaces a byte that starts no character, and tries the next
                 replaced, self.pending = replaced + "\ufffd", self.pending[1:]
                 continue
-            self.pending = b"" if text else self.pending
+            if text:  # and "" while the character is unfinished
+                self.pending = b""
             return replaced + text
