@@ -239,8 +239,8 @@ def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int | None) -> Attended:
-    """The formula, with the softmax in float32: q (B, G, R, D) -> (B, G, R, D) and (B, G, R). first: the position of the first
-    query, which sees keys 0 to first, the next one more; None: all see all."""
+    """The formula, with the softmax in float32: q (B, G, R, D) -> (B, G, R, D) and (B, G, R). first: the first query sees keys
+    0 to first, each next one more; None: all see all."""
     scores = score(q, k, bias, scale)
     if first is not None:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
@@ -406,8 +406,8 @@ class Memory:
 
 
 class LocalCache:
-    """One layer's memory, or None, and local context: `tensors`, rotated keys, values and, in a memory layer, unrotated keys,
-    (B, G, capacity, D) each, hold `length` tokens, and have room for more, to be written in place."""
+    """The local context of one layer, and its memory, or None. `tensors` are rotated keys, values and, with a memory, unrotated
+    keys, (B, G, capacity, D) each: they hold `length` tokens, and have room for more, to be written in place."""
 
     def __init__(self, config: LongLlamaConfig, memory: Memory | None, rotates: bool):
         self.config, self.memory, self.rotates = config, memory, rotates
@@ -579,7 +579,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: Rope, attend_to: Callable[..., Tensor]) -> Tensor:
-        """x (B, T, C) -> (B, T, C). attend_to, of queries, keys, values and unrotated keys, has the state: the rest compiles."""
+        """x (B, T, C) -> (B, T, C). attend_to: q, k, v and k unrotated -> what the queries got, (B, H, T, D). It has all the
+        state: the parts before and after it have none, and can be compiled."""
         return self.update(x, attend_to(*self.project(x, rope)))
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -724,8 +725,8 @@ class LongLlama(nn.Module):
         return self.logits(torch.cat(hidden, dim=1)), cache
 
     def read(self, input_ids: Tensor, cache: Cache, only_remember: bool) -> Tensor:
-        """T tokens that join the local context, (B, T) -> hidden states (B, T, C). only_remember: all will be in memory before
-        a token is read, and no logits are wanted: so what follows the last memory layer's keys and values is left out."""
+        """T tokens that join the local context, (B, T) -> hidden states (B, T, C). only_remember: all of it moves into memory
+        next, and no logits are wanted, so what comes after the last memory layer's keys and values is left out."""
         T = input_ids.shape[1]
         rope = rope_table(cache.local_length, T, self.config, input_ids.device)
         cache.local_length += T
