@@ -146,8 +146,10 @@ def save_pretrained(model: LongLlama, folder: str | Path):
 def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
     if not source.is_dir():
         raise FileNotFoundError(f"--input {source} is not a folder")
-    if target.exists() and (not target.is_dir() or any(target.iterdir()) and not force):
-        raise FileExistsError(f"--output {target} exists and is not an empty folder: name another one, or add --force")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"--output {target} is a file: name a folder")
+    if target.exists() and any(target.iterdir()) and not force:
+        raise FileExistsError(f"--output {target} is not empty: name another folder, or add --force")
     if target.exists() and target.samefile(source):
         raise ValueError("--output is the --input folder: name another one")
     config = LongLlamaConfig.from_json(source / "config.json")

@@ -109,8 +109,8 @@ def pick_device(name: str) -> torch.device:
         made = torch.zeros(1, device=name)
         made.item()  # which "meta" refuses
         return made.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: {first_line(error)}") from None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name} is none that torch can use here: auto takes the best there is") from None
 
 
 def listed(parse: Callable) -> Callable:
@@ -131,10 +131,12 @@ def check_new_file(flag: str, path: Path):
 
 def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
+        if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # how Python keeps other bytes
+            raise ValueError("--prompt is not UTF-8 text: convert it first")
         return args.prompt
     try:
         data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # without the mark that some editors begin a file with
     except OSError as error:
         raise ValueError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -217,20 +219,40 @@ def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> 
         pinned = device.type == "cpu" and model.norm.weight.is_cuda  # see `Memory`
         return [tensors[name].pin_memory() if pinned else tensors[name].to(device) for name in names]
 
-    fits = True  # which a file that was changed by hand may not
     for i, layer in enumerate(cache.layers):
-        memory = layer.memory
-        layer.tensors, layer.length = numbered(f"{i}.local", device), cache.local_length
-        kinds = 0 if cache.local_length == 0 else 2 if memory is None else 3
-        fits &= [x.shape[2] for x in layer.tensors] == [cache.local_length] * kinds
+        layer.tensors, layer.length, memory = numbered(f"{i}.local", device), cache.local_length, layer.memory
         if memory is not None:
             kept = memory.device or device
             memory.blocks = list(zip(numbered(f"{i}.memory.k", kept), numbered(f"{i}.memory.v", kept)))
             memory.scales, memory.length = numbered(f"{i}.memory.scale", device), cache.memory_length
-            fits &= sum(k.shape[2] for k, v in memory.blocks if k.shape == v.shape) == cache.memory_length
-    if not fits:
-        raise ValueError(f"{path} is broken: its tensors do not have the lengths that it says")
+    if not is_whole(cache, model):
+        raise ValueError(
+            f"{path} is broken, or was changed: its tensors are not those of such a memory; read the prompt again"
+        )
     return cache
+
+
+def is_whole(cache: Cache, model: LongLlama) -> bool:
+    """Whether a cache's tensors are such as this model makes, and as many as its lengths say."""
+    local, remembered, rows = cache.local_length, cache.memory_length, set()
+
+    def fits(x: Tensor, tokens: int, dtype: torch.dtype) -> bool:
+        rows.update(x.shape[:1])
+        return x.dim() == 4 and x.dtype == dtype and x.shape[1:3] == (model.config.num_key_value_heads, tokens)
+
+    whole = all(type(n) is int and n >= 0 for n in (local, remembered))
+    for layer in cache.layers:
+        memory, kinds = layer.memory, 0 if local == 0 else 2 if layer.memory is None else 3
+        whole &= len(layer.tensors) == kinds and all(fits(x, local, model.norm.weight.dtype) for x in layer.tensors)
+        if memory is not None:
+            sizes = [k.shape[2] if k.dim() == 4 else -1 for k, _ in memory.blocks]
+            whole &= all(fits(x, n, memory.dtype) for block, n in zip(memory.blocks, sizes) for x in block)
+            whole &= sum(sizes) == remembered
+            whole &= len(memory.scales) == (2 if sizes and memory.dtype == torch.float8_e4m3fn else 0)
+    if cache.real is not None:
+        rows.update(cache.real.shape[:1])
+        whole &= cache.real.dtype == torch.bool and cache.real.shape[1:] == (1, remembered + local, 1)
+    return whole and len(rows) <= 1
 
 
 def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama) -> Iterator[str]:

@@ -116,6 +116,7 @@ class LongLlamaConfig:
         """Reads a config.json of transformers 4 or 5; refuses by name what this file does not compute."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            require(isinstance(raw, dict), "must be a JSON object")
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
             raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
             raw["rope_type"] = rope.get("rope_type", rope.get("type"))
@@ -759,7 +760,7 @@ class LongLlama(nn.Module):
         probability p. Ends when all rows had eos_token_id (-1: the config's; None: never); a row that had it gets
         pad_token_id. Reads after the cache and writes into it all but the ids yielded last: to go on, begin with those.
         """
-        require(temperature >= 0, f"temperature must be at least 0, not {temperature}")
+        require(temperature == 0 or temperature >= 1e-5, f"temperature must be 0, or at least 1e-5, not {temperature}")
         require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
         require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
         eos = self.config.eos_token_id if eos_token_id == -1 else eos_token_id

@@ -661,20 +661,30 @@ def test_a_memory_of_another_model_or_of_other_settings_is_refused_by_name(tmp_p
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["local_length", "memory_length", "0.local.1", "1.memory.v.0"])
+@pytest.mark.parametrize(
+    "name", ["local_length", "memory_length", "0.local.1", "1.memory.v.0", "heads", "dtype", "real", "float"]
+)
 def test_a_memory_that_lacks_something_is_refused(name, tmp_path):
     model, path = small_model(), tmp_path / "memory"
     generate.save_memory(path, model(torch.randint(61, (1, 30)))[1], model)
     with safe_open(path, framework="pt") as file:
         tensors, says = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["longllama"])  # noqa: SIM118
+    variants = [says]
     if name in tensors:
         del tensors[name]
-        variants = [says]
+    elif name == "heads":
+        tensors["0.local.0"] = tensors["0.local.0"][:, :2].clone()
+    elif name == "dtype":
+        tensors["1.memory.k.0"] = tensors["1.memory.k.0"].double()
+    elif name == "real":
+        tensors["real"] = torch.ones(3, 3)
+    elif name == "float":
+        variants = [says | {"memory_length": float(says["memory_length"])}]
     else:
         variants = [says | {name: 7}, {key: value for key, value in says.items() if key != name}]
     for made_with in variants:
         save_file(tensors, path, {"longllama": json.dumps(made_with)})
-        with pytest.raises(ValueError, match="lengths"):
+        with pytest.raises(ValueError, match="its tensors are not those"):
             generate.load_memory(path, model)
 
 

@@ -266,7 +266,7 @@ def run(args: argparse.Namespace) -> bool:
     config = ("last_context_length", "keep_local", "mem_dtype", "mem_device", "mem_topk")
     sampling = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     try:
-        document = args.read and args.read.read_bytes().decode("utf-8")
+        document = args.read and args.read.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--read {args.read} is not UTF-8 text (byte {error.start}): convert it first") from None
     flags, terminal = vars(args), sys.stdin.isatty()

@@ -50,6 +50,8 @@ def prompt_ids(
     """`length` token ids: intro, filler with the key at `depth` of it, question. The filler starts anywhere in the list."""
     start, needle, question = (tokenizer.encode(t, bos=t is INTRO) for t in (INTRO, KEY.format(key=key), QUESTION))
     n = length - len(start) - len(needle) - len(question)
+    if not filler:
+        raise ValueError("the text around the pass key is empty: name another file")
     if n < 0:
         raise ValueError(f"a prompt with a pass key takes at least {length - n} tokens, {length} are too few")
     offset = int(torch.randint(len(filler), (1,), generator=rng))
@@ -186,6 +188,8 @@ def main():
                 check_new_file(flag, path)
         if args.picture:
             import_pyplot()  # a missing one is said now, not after the trials
+            if args.picture.suffix not in (".png", ".svg", ".pdf"):
+                raise ValueError(f"--picture {args.picture}: name a .png, .svg or .pdf file")
         text = " ".join(path.read_text(encoding="utf-8") for path in args.text)
         trials = []
         for folder in args.model:

@@ -57,6 +57,7 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     args = parser.parse_args()
     with ending_well(parser):
+        files = held_out(text_files(args.data))
         print(
             "| model | "
             + " | ".join(f"{n} windows" for n in args.windows)
@@ -66,7 +67,7 @@ def main():
         )
         for folder in args.model:
             model, tokenizer = load(folder, pick_device(args.device), args.dtype)
-            documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in held_out(text_files(args.data))]
+            documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in files]
             row = [perplexity(model, documents, n, max(args.windows), args.stride) for n in args.windows]
             print(
                 f"| {folder.resolve().name} | " + " | ".join(f"{value:.2f}" for value, _ in row) + f" | {row[0][1]:,} |"

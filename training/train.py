@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Corpus
 
 from convert import ending_well, save_pretrained
+from generate import pick_device
 from longllama import LongLlama, LongLlamaConfig, cross_batch_extra
 from tokenizer import Tokenizer
 
@@ -127,7 +128,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace):
         self.args, self.recipe = args, Recipe(args.recipe)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(args.device)
+        self.device = torch.device(args.device) if self.world > 1 else pick_device(args.device)
         if self.world > 1:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -192,6 +193,7 @@ class Trainer:
     def run(self):
         stop = min(self.args.stop_after or self.recipe.steps, self.recipe.steps)
         started, tokens = time.monotonic(), 0
+        self.args.output.mkdir(parents=True, exist_ok=True)
         while self.step < stop:
             phase, _ = self.recipe.at(self.step)
             loss, answer_loss = self.train_step()
@@ -271,11 +273,10 @@ def main():
     )
     parser.add_argument("--contrast", choices=["full", "positives", "none"], default="full",
                         help="for ablations: which contexts besides its own an entry sees")  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
     args = parser.parse_args()
     with ending_well(parser):
         try:
-            args.output.mkdir(parents=True, exist_ok=True)
             Trainer(args).run()
         finally:
             if dist.is_initialized():

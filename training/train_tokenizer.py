@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import GRASS, INTRO, KEY, QUESTION, held_out, text_files
 
 from convert import ending_well, replacing
+from generate import number
 
 PASSKEY_LINES = 2000  # of about 200,000: enough that the words of the pass-key task are whole pieces
 
@@ -34,7 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="folder of .txt files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "tiny" / "tokenizer.model")
-    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--vocab-size", type=number(int, 1), default=2048)
     args = parser.parse_args()
     with ending_well(parser), replacing(args.output) as unfinished, unfinished.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
