@@ -202,7 +202,7 @@ def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> 
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no saved memory, or a broken one: {first_line(error)}") from None
-    if "weights" not in made_with:
+    if not isinstance(made_with, dict) or "weights" not in made_with:
         raise ValueError(f"{path} is no saved memory")
     for name, value in settings(model).items():
         if made_with.get(name) != value:
@@ -384,6 +384,7 @@ class Steps:
     def __init__(self, model: LongLlama, join: Callable):
         self.model, self.read, self.join = model, model.forward, join
         self.places: list[weakref.ref] = []  # the tensors that the graph reads and writes, which a cache may drop
+        self.replay = self.logits = None  # see `prepare`
 
     def __call__(
         self, input_ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None, *args, **kwargs
@@ -393,7 +394,11 @@ class Steps:
         tensors = [x for layer in cache.layers for x in layer.tensors]
         tensors += [x for layer in cache.layers if layer.memory for block in layer.memory.blocks for x in block]
         if len(self.places) != len(tensors) or any(place() is not x for place, x in zip(self.places, tensors)):
-            self.places, self.replay, self.logits = [], None, None  # whatever comes of it, no more of the one before
+            self.places, self.replay, self.logits = (
+                [],
+                None,
+                None,
+            )  # the graph before goes, also where the next one fails
             self.prepare(input_ids, cache)
             self.places = [weakref.ref(x) for x in tensors]
         self.input_ids.copy_(input_ids)

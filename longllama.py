@@ -515,7 +515,8 @@ class Cache:
 def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, extra: list[int]) -> Tensor:
     """FoT's training attention (paper, section 3.2): entry b sees itself, causally, and all of the extra[b] entries before.
 
-    The other entries' keys are unrotated, as in memory. One softmax goes over all, and gradients flow into all.
+    q (B, H, T, D); k, v and the unrotated keys (B, G, T, D) -> (B, H, T, D). The other entries' keys are unrotated, as
+    they would be in memory. One softmax goes over them and the entry's own keys, and gradients flow into all of them.
     """
     T, gqa = q.shape[2], q.shape[1] != k.shape[1]
     if not any(extra):
