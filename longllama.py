@@ -349,10 +349,11 @@ def stream(blocks: list[tuple[Tensor, Tensor]], device: torch.device) -> Iterato
 class Memory:
     """The unrotated keys and the values of everything before the local context, for one memory layer.
 
-    They are kept in mem_dtype in blocks, (B, G, tokens, D) each, that are never changed, so that forks can share them. A new
-    block is joined to the one before it unless that is over four times as large, or together they exceed BLOCK: so few remain.
+    They are kept in mem_dtype in blocks, (B, G, tokens, D) each, which never change, so that forks can share them. New tokens
+    lengthen the last block while it has room. If not, they begin another, into which all blocks before are moved that are at
+    most four times as large, as long as they fit into BLOCK, and which has room for as many again: so few are moved, and few remain.
 
-        after 5 windows   [. . . . .]       after 6   [. . . . .] [.]       after 7   [. . . . . . .]
+        after 6 windows   [. . . . . .]       after 8   [. . . . . .] [. .]       after 9   [. . . . . . . . . _ _ _ _ _ _ _ _ _]
     """
 
     BLOCK = 32768  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
@@ -361,27 +362,35 @@ class Memory:
         self.dtype, self.grouping, self.topk = getattr(torch, config.mem_dtype), config.mem_attention_grouping, config.mem_topk
         self.device = config.mem_device and torch.device(config.mem_device)
         self.blocks: list[tuple[Tensor, Tensor]] = []  # keys, values
+        self.room: tuple[Tensor, Tensor] | tuple[()] = ()  # what the last block is the beginning of, (B, G, capacity, D) each
         self.scales: list[Tensor] = []  # float8 only: what keys and values were divided by, (B, G, 1, 1) each
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor):
         """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
         device, dtype = self.device or k.device, self.dtype
-        put = partial(store, dtype=dtype, device=device, pin=k.is_cuda and device.type == "cpu")
         self.length += k.shape[2]
         if dtype == torch.float8_e4m3fn:
             require(not k.requires_grad, "float8 memory has no gradients: read under torch.no_grad()")
             self.scales = self.scales or [float8_scale(k), float8_scale(v)]
             k, v = ((x / scale).clamp(-448, 448) for x, scale in zip((k, v), self.scales))
         self.blocks = list(self.blocks)  # forks share the old list
-        for block in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
-            self.blocks.append(tuple(put((x,), x.shape[2]) for x in block))
-            while len(self.blocks) > 1:
-                old, new = self.blocks[-2:]
-                tokens = old[0].shape[2] + new[0].shape[2]
-                if old[0].shape[2] > 4 * new[0].shape[2] or tokens > self.BLOCK:
-                    break
-                self.blocks[-2:] = [tuple(put(x, tokens) for x in zip(old, new))]
+        for new in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
+            tokens = new[0].shape[2]
+            if self.room and self.blocks[-1][0].shape[2] + tokens <= self.room[0].shape[2]:
+                start = self.blocks.pop()[0].shape[2]
+                tokens += start
+                for room, x in zip(self.room, new):
+                    room[:, :, start:tokens, : x.shape[3]] = x
+            else:
+                parts = [new]
+                while self.blocks and self.blocks[-1][0].shape[2] <= min(4 * tokens, self.BLOCK - tokens):
+                    parts.insert(0, self.blocks.pop())
+                    tokens += parts[0][0].shape[2]
+                capacity = tokens if self.device or torch.is_grad_enabled() else min(2 * tokens, self.BLOCK)
+                pin = k.is_cuda and device.type == "cpu"
+                self.room = tuple(store(x, capacity, dtype, device, pin) for x in zip(*parts))
+            self.blocks.append(tuple(x[:, :, :tokens] for x in self.room))
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
@@ -466,7 +475,9 @@ class LocalCache:
 
     def fork(self) -> "LocalCache":
         twin = copy(self)
-        twin.memory = copy(self.memory)  # which shares its blocks
+        if self.memory is not None:
+            twin.memory = copy(self.memory)  # which shares its blocks
+            twin.memory.room = ()
         twin.tensors = self.filled()  # without room: the twin never writes where this one does
         return twin
 
