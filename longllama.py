@@ -349,9 +349,9 @@ def stream(blocks: list[tuple[Tensor, Tensor]], device: torch.device) -> Iterato
 class Memory:
     """The unrotated keys and the values of everything before the local context, for one memory layer.
 
-    They are kept in mem_dtype in blocks, (B, G, tokens, D) each, which never change, so that forks can share them. New tokens
-    lengthen the last block while it has room. If not, they begin another, into which all blocks before are moved that are at
-    most four times as large, as long as they fit into BLOCK, and which has room for as many again: so few are moved, and few remain.
+    They are kept in mem_dtype in blocks, (B, G, tokens, D) each, whose tokens never change, so that forks can share them. New
+    tokens lengthen the last block while it has room. If not, they begin another, with room for as many tokens again, into which
+    all blocks before are moved that are at most four times as large, up to BLOCK: so few are moved, and few blocks remain.
 
         after 6 windows   [. . . . . .]       after 8   [. . . . . .] [. .]       after 9   [. . . . . . . . . _ _ _ _ _ _ _ _ _]
     """
