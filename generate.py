@@ -394,7 +394,8 @@ class Steps:
         tensors = [x for layer in cache.layers for x in layer.tensors]
         tensors += [x for layer in cache.layers if layer.memory for block in layer.memory.blocks for x in block]
         if len(self.places) != len(tensors) or any(place() is not x for place, x in zip(self.places, tensors)):
-            self.places, self.replay, self.logits = [], None, None  # the graph before goes, also where the next one fails
+            # the graph before goes, also where the next one fails
+            self.places, self.replay, self.logits = [], None, None
             self.prepare(input_ids, cache)
             self.places = [weakref.ref(x) for x in tensors]
         self.input_ids.copy_(input_ids)
