@@ -368,13 +368,14 @@ class Memory:
 
     def append(self, k: Tensor, v: Tensor):
         """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
-        device, dtype = self.device or k.device, self.dtype
+        device, dtype, grad = self.device or k.device, self.dtype, torch.is_grad_enabled()
         self.length += k.shape[2]
         if dtype == torch.float8_e4m3fn:
             require(not k.requires_grad, "float8 memory has no gradients: read under torch.no_grad()")
             self.scales = self.scales or [float8_scale(k), float8_scale(v)]
             k, v = ((x / scale).clamp(-448, 448) for x, scale in zip((k, v), self.scales))
         self.blocks = list(self.blocks)  # forks share the old list
+        self.room = () if grad else self.room  # autograd keeps earlier blocks, which must not be overwritten
         for new in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
             tokens = new[0].shape[2]
             if self.room and self.blocks[-1][0].shape[2] + tokens <= self.room[0].shape[2]:
@@ -387,7 +388,7 @@ class Memory:
                 while self.blocks and self.blocks[-1][0].shape[2] <= min(4 * tokens, self.BLOCK - tokens):
                     parts.insert(0, self.blocks.pop())
                     tokens += parts[0][0].shape[2]
-                capacity = tokens if self.device or torch.is_grad_enabled() else min(2 * tokens, self.BLOCK)
+                capacity = tokens if self.device or grad else min(2 * tokens, self.BLOCK)
                 pin = k.is_cuda and device.type == "cpu"
                 self.room = tuple(store(x, capacity, dtype, device, pin) for x in zip(*parts))
             self.blocks.append(tuple(x[:, :, :tokens] for x in self.room))

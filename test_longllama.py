@@ -759,6 +759,19 @@ def test_gradients_flow_through_memory():
     assert abs(slope - numeric) < 2e-2 * abs(numeric)
 
 
+def test_gradients_of_what_was_read_after_a_prefix_without_are_those_of_reading_it_in_any_pieces():
+    model, ids, gradients = small_model(), torch.randint(61, (1, 46)), []
+    for pieces in ([20], [3, 1, 16], [1, 3, 10, 6]):  # token 4 overflows the window, into a memory that had room
+        with torch.no_grad():
+            _, cache = model(ids[:, :26])
+        logits = [model(part, cache, last_context_length=16)[0] for part in ids[:, 26:].split(pieces, dim=1)]
+        torch.cat(logits, dim=1).square().sum().backward()
+        gradients.append(model.layers[1].self_attn.qkv_proj.weight.grad.clone())
+        model.zero_grad()
+    scale = gradients[0].abs().max()
+    assert scale > 1e-3 and all((g - gradients[0]).abs().max() < 1e-5 * scale for g in gradients)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "call, message",
