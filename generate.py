@@ -48,14 +48,27 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     return parse
 
 
+def add_model_flags(parser: argparse.ArgumentParser, several: bool = False):
+    """--model, --device and --dtype, for `pick_device` and `load`. several: of models."""
+    add, default, nargs = parser.add_argument, [TINY] if several else TINY, "+" if several else None
+    add(
+        "--model",
+        type=Path,
+        nargs=nargs,
+        default=default,
+        metavar="DIR",
+        help="default: the tiny model that comes along",
+    )
+    add("--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or a torch device")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU")
+
+
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
-    parser.add_argument(
-        "--model", type=Path, default=TINY, metavar="DIR", help="default: the tiny model that comes along"
-    )
+    add_model_flags(parser)
     parser.add_argument("--max-new-tokens", type=number(int, 0), default=100, metavar="N", help="default 100")
     parser.add_argument(
         "--temperature", type=number(float, 0), default=0.8, metavar="X", help="0: always the likeliest (default 0.8)"
@@ -64,13 +77,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--top-p", type=number(float, 0, 1, above=True), metavar="P", help="draw from the likeliest of probability P"
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N")
-    parser.add_argument(
-        "--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or a torch device"
-    )
-    parser.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU"
-    )
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
     parser.add_argument(
         "--last-context-length", type=number(int, 1), metavar="N", help="so many last tokens of the prompt stay local"
     )
@@ -147,8 +154,9 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def load(folder: Path, device: torch.device, dtype: str = "auto", **overrides) -> tuple[LongLlama, Tokenizer]:
     """The model and the tokenizer in a folder. Raises OSError or ValueError."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    for name in ("config.json", "tokenizer.model"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"--model {folder} has no {name}: name a folder made by convert.py, or a download")
     tokenizer = Tokenizer(folder / "tokenizer.model")
     dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = LongLlama.from_pretrained(folder, device, dtype, **{k: v for k, v in overrides.items() if v is not None})

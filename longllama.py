@@ -76,9 +76,9 @@ class LongLlamaConfig:
     pad_token_id: int = 0
 
     def __post_init__(self):
-        heads, grouping = self.num_attention_heads, self.mem_attention_grouping
+        heads = self.num_attention_heads
         groups = heads if self.num_key_value_heads is None else self.num_key_value_heads
-        tuples = {"mem_layers": tuple(self.mem_layers), "mem_attention_grouping": grouping and tuple(grouping)}
+        tuples = {name: tuple(value) for name, value in vars(self).items() if isinstance(value, list)}
         vars(self).update(tuples, num_key_value_heads=groups)  # frozen, but for this
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -96,11 +96,12 @@ class LongLlamaConfig:
                 require(type(value) in (int, float) and value > 0, f"{name} must be above 0, not {value!r}")
         require(self.hidden_size % (2 * heads) == 0, f"hidden_size {self.hidden_size} is not {heads} heads of even size")
         require(heads % self.num_key_value_heads == 0, "num_key_value_heads must divide num_attention_heads")
-        layers = range(self.num_hidden_layers)
-        known = all(type(i) is int and i in layers for i in self.mem_layers)
-        require(known, f"mem_layers must be among layers 0 to {layers[-1]}, not {list(self.mem_layers)}")
+        chosen, layers = self.mem_layers, range(self.num_hidden_layers)
+        known = isinstance(chosen, tuple) and all(type(i) is int and i in layers for i in chosen)
+        require(known, f"mem_layers must be a list of layers, of 0 to {layers[-1]}, not {chosen!r}")
         require(self.mem_dtype in MEM_DTYPES, f"mem_dtype must be one of {MEM_DTYPES}, not {self.mem_dtype!r}")
-        fits = grouping is None or (len(grouping) == 2 and all(map(is_count, grouping)))
+        grouping = self.mem_attention_grouping
+        fits = grouping is None or (isinstance(grouping, tuple) and len(grouping) == 2 and all(map(is_count, grouping)))
         require(fits, f"mem_attention_grouping must be null or [heads, queries] of at least 1, not {grouping!r}")
         require(self.mem_device in (None, "cpu"), f'mem_device must be null or "cpu", not {self.mem_device!r}')
 

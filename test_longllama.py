@@ -834,9 +834,9 @@ def test_generation_goes_on_from_a_cache():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mem_layers": [99]}, {"mem_layers": ["a"]}, {"mem_dtype": "int8"}, {"mem_attention_grouping": [0, 4]},
-        {"hidden_size": 30},
-        {"mem_attention_grouping": [4]}, {"num_key_value_heads": 3}, {"vocab_size": 0}, {"last_context_length": 0},
+        {"mem_layers": [99]}, {"mem_layers": ["a"]}, {"mem_layers": 3}, {"mem_dtype": "int8"}, {"hidden_size": 30},
+        {"mem_attention_grouping": [0, 4]}, {"mem_attention_grouping": [4]}, {"mem_attention_grouping": 4},
+        {"num_key_value_heads": 3}, {"vocab_size": 0}, {"last_context_length": 0},
         {"rms_norm_eps": -1.0}, {"eos_token_id": 61}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4},
         {"mem_topk": 0}, {"mem_device": "tape"}, {"keep_local": 16}, {"keep_local": -1},
         {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},

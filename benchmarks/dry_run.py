@@ -105,8 +105,19 @@ def dry_run(shape: str, B: int, T: int) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--shape", choices=[name for name, sizes in SHAPES.items() if sizes], default="3b")
-    parser.add_argument("--prompt-tokens", type=parse_lengths, default="2k,16k", metavar="1k,16k,1M")
+    parser.add_argument(
+        "--shape",
+        choices=[name for name, sizes in SHAPES.items() if sizes],
+        default="3b",
+        help="of which model (default 3b)",
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=parse_lengths,
+        default="2k,16k",
+        metavar="1k,16k,1M",
+        help="prompt lengths (default 2k,16k)",
+    )
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N", help="prompts at once")
     args = parser.parse_args()
     if torch.version.cuda is None:

@@ -26,7 +26,7 @@ from evaluate import perplexity
 
 from convert import ending_well
 from examples.passkey import GRASS, measure, parse_length, prompt_ids, share, short
-from generate import DTYPES, TINY, listed, load, number, pick_device
+from generate import TINY, add_model_flags, listed, load, number, pick_device
 from longllama import MEM_DTYPES, Cache, LongLlama
 
 WINDOWS = 64  # of memory, for perplexity
@@ -132,18 +132,26 @@ def parse_topk(text: str) -> int | None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, default=TINY, metavar="DIR")
-    parser.add_argument("--mem-dtype", type=listed(parse_dtype), default="float32", metavar="D,...")
+    add_model_flags(parser)
+    parser.add_argument(
+        "--mem-dtype", type=listed(parse_dtype), default="float32", metavar="D,...", help="default float32"
+    )
     parser.add_argument("--mem-topk", type=listed(parse_topk), default="all", metavar="K,...", help="such as 16,64,all")
     parser.add_argument(
         "--keep-local", type=listed(number(int, 0)), metavar="N,...", help="the table of what follows an overflow"
     )
     parser.add_argument("--length", type=parse_length, default="64k", help="tokens of a prompt with a pass key")
     parser.add_argument("--trials", type=number(int, 1), default=10, help="for each filler, text and grass")
-    parser.add_argument("--text", type=Path, default=TINY / "book.txt", metavar="FILE")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=TINY / "book.txt",
+        metavar="FILE",
+        help="what perplexity is of (default: the book that comes along)",
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="draw the same keys every time (default 0)"
+    )
     args = parser.parse_args()
     with ending_well(parser):
         args.device = pick_device(args.device)

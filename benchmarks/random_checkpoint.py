@@ -62,7 +62,7 @@ def main():
         "--layout", choices=["bin", "safetensors"], required=True, help="one .bin, or sharded safetensors"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.model with at most 32000 ids")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
     args = parser.parse_args()
     with ending_well(parser):
         if not args.tokenizer.is_file():

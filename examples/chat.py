@@ -20,7 +20,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from convert import UserError, ending_well, user_errors
-from generate import DTYPES, TINY, Progress, check_new_file, load, load_memory, number, pick_device, save_memory
+from generate import (
+    Progress,
+    add_model_flags,
+    check_new_file,
+    load,
+    load_memory,
+    number,
+    pick_device,
+    save_memory,
+)
 from longllama import MEM_DTYPES, Cache, LongLlama
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -240,7 +249,7 @@ def converse(chat: Conversation, lines: Iterator[str], stoppable: bool = True) -
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--model", type=Path, default=TINY, metavar="DIR", help="default: the tiny model that comes along")
+    add_model_flags(parser)
     add("--format", choices=FORMATS, default="plain", help="plain: what you write is continued (default)")
     add("--read", type=Path, metavar="FILE", help="read a document first")
     add("--load-memory", type=Path, metavar="FILE", help="start from what /save or generate.py --save-memory wrote")
@@ -250,8 +259,6 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--top-k", type=number(int, 1), metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=number(float, 0, 1, above=True), metavar="P", help="draw from the likeliest of probability P")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="of every answer")
-    add("--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or a torch device")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU")
     add("--last-context-length", type=number(int, 1), metavar="N", help="so many last tokens of a text stay local")
     add(
         "--keep-local", type=number(int, 0), metavar="N", help="when the window is full, its newest N tokens stay local"

@@ -230,7 +230,9 @@ def row(model: LongLlama, asked: list[tuple[Tensor, list[int]]], index: str, K: 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, default=TINY, metavar="DIR")
+    parser.add_argument(
+        "--model", type=Path, default=TINY, metavar="DIR", help="default: the tiny model that comes along"
+    )
     parser.add_argument(
         "--lengths", type=parse_lengths, default=[1 << 14], help="of prompts, in tokens, such as 16k,64k"
     )
@@ -240,7 +242,9 @@ def main():
         "--index", nargs="+", choices=["torch", *INDEXES], default=["torch", *INDEXES],
         help="torch: exact search without Faiss",
     )  # fmt: skip
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="draw the same keys every time (default 0)"
+    )
     args = parser.parse_args()
     with ending_well(parser):
         model, tokenizer = load(args.model, torch.device("cpu"))

@@ -24,7 +24,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from convert import ending_well, replacing
-from generate import DTYPES, TINY, Progress, check_new_file, load, number, pick_device, read_prompt, warnings
+from generate import (
+    Progress,
+    add_model_flags,
+    check_new_file,
+    load,
+    number,
+    pick_device,
+    read_prompt,
+    warnings,
+)
 from longllama import MEM_DTYPES, Cache, LocalCache, LongLlama, LongLlamaConfig, Memory, fold, score
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
@@ -653,14 +662,12 @@ start();
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
-    parser.add_argument("--model", type=Path, default=TINY, metavar="DIR")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=20, metavar="N")
+    add_model_flags(parser)
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=20, metavar="N", help="default 20")
     parser.add_argument("--temperature", type=number(float, 0), default=0, metavar="X", help="0: always the likeliest")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
     parser.add_argument("--last-context-length", type=number(int, 1), metavar="N", help="so many last stay local")
     parser.add_argument("--keep-local", type=number(int, 0), metavar="N", help="of a full window, so many stay local")
     parser.add_argument("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from convert import ending_well
-from generate import DTYPES, TINY, check_new_file, listed, load, number, pick_device
+from generate import TINY, add_model_flags, check_new_file, listed, load, number, pick_device
 from longllama import LongLlama
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
@@ -168,16 +168,18 @@ parse_lengths = listed(parse_length)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, nargs="+", default=[TINY], metavar="DIR")
+    add_model_flags(parser, several=True)
     parser.add_argument("--lengths", type=parse_lengths, default=[1 << 10, 1 << 12, 1 << 14], help="such as 512,16k,1M")
     parser.add_argument("--trials", type=number(int, 1), default=10, help="for each length and filler")
-    parser.add_argument("--filler", choices=["text", "grass", "both"], default="both")
+    parser.add_argument(
+        "--filler", choices=["text", "grass", "both"], default="both", help="what the key is hidden in (default both)"
+    )
     parser.add_argument(
         "--text", type=Path, nargs="+", default=[TINY / "book.txt"], metavar="FILE", help="repeated where too short"
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="draw the same keys every time (default 0)"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw length x depth (needs matplotlib)")
     parser.add_argument("--depth-bins", type=number(int, 1), default=5, help="rows of the picture")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import encode, held_out, text_files
 
 from convert import ending_well
-from generate import DTYPES, TINY, load, number, pick_device
+from generate import add_model_flags, load, number, pick_device
 from longllama import LongLlama
 
 BATCH = 8  # windows read at once
@@ -45,7 +45,7 @@ def perplexity(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, nargs="+", default=[TINY], metavar="DIR")
+    add_model_flags(parser, several=True)
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).resolve().parent / "data", help="folder of .txt files"
     )
@@ -53,8 +53,6 @@ def main():
         "--windows", type=number(int, 0), nargs="+", default=[0, 1, 4, 16, 64], help="windows of memory"
     )
     parser.add_argument("--stride", type=number(int, 1), default=4, help="take every so many-th window")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     args = parser.parse_args()
     with ending_well(parser):
         files = held_out(text_files(args.data))

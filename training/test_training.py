@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from data import Corpus, held_out, text_files  # noqa: E402
 from train import Phase, Recipe, extra_contexts, main  # noqa: E402
+from train_tokenizer import train as train_tokenizer  # noqa: E402
 
 from longllama import cross_batch_extra  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -217,3 +218,16 @@ def test_the_learning_rate_rises_and_falls_in_every_phase():
     for phase in Recipe(HERE / "tiny.json").phases:
         rates = [phase.learning_rate_at(step) for step in range(phase.steps)]
         assert rates[0] < 0.1 * max(rates) and rates[-1] < 0.1 * max(rates) and max(rates) <= phase.learning_rate
+
+
+def test_a_tokenizer_is_trained_whose_pieces_spell_any_text_and_no_unfinished_one_is_left(folder, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    for size in (100, 100_000):
+        with pytest.raises(ValueError, match=f"--vocab-size {size}: Vocabulary size"):
+            train_tokenizer(folder, path, size)
+    assert not list(tmp_path.iterdir())
+    train_tokenizer(folder, path, 600)
+    tokenizer, text = Tokenizer(path), "  Ahab\n\tsaid: \U0001f433 1851"
+    ids = tokenizer.encode(text)
+    assert tokenizer.vocab_size == 600 and tokenizer.decode(ids) == text
+    assert [tokenizer.sp.id_to_piece(i) for i in ids[-4:]] == ["1", "8", "5", "1"]

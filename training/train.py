@@ -265,7 +265,9 @@ def main():
     )
     parser.add_argument("--data", type=Path, default=here / "data", help="folder of .txt files, one document each")
     parser.add_argument("--output", type=Path, default=here / "runs" / "tiny", help="folder for checkpoint and model")
-    parser.add_argument("--tokenizer", type=Path, default=here.parent / "tiny" / "tokenizer.model")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=here.parent / "tiny" / "tokenizer.model", help="default: the tiny model's"
+    )
     parser.add_argument("--init", type=Path, help="start from the weights in this folder instead of random ones")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     parser.add_argument(

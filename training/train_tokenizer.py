@@ -15,7 +15,7 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import GRASS, INTRO, KEY, QUESTION, held_out, text_files
 
-from convert import ending_well, replacing
+from convert import ending_well, first_line, replacing
 from generate import number
 
 PASSKEY_LINES = 2000  # of about 200,000: enough that the words of the pass-key task are whole pieces
@@ -31,29 +31,43 @@ def lines(folder: Path):
     yield from itertools.repeat(task, PASSKEY_LINES)
 
 
+def train(folder: Path, output: Path, vocab_size: int):
+    """Raises OSError, and ValueError where the text has not as many pieces in it, or the size has no room for the bytes."""
+    with replacing(output) as unfinished, unfinished.open("wb") as file:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines(folder),
+                model_writer=file,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                max_sentence_length=1 << 20,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                minloglevel=1,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"--vocab-size {vocab_size}: {first_line(error).split('] ')[-1]}") from None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="folder of .txt files")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "tiny" / "tokenizer.model")
-    parser.add_argument("--vocab-size", type=number(int, 1), default=2048)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parents[1] / "tiny" / "tokenizer.model",
+        help="file to write (default: the tiny model's)",
+    )
+    parser.add_argument("--vocab-size", type=number(int, 1), default=2048, help="pieces (default 2048)")
     args = parser.parse_args()
-    with ending_well(parser), replacing(args.output) as unfinished, unfinished.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(args.data),
-            model_writer=file,
-            vocab_size=args.vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            max_sentence_length=1 << 20,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=1,
-        )
+    with ending_well(parser):
+        train(args.data, args.output, args.vocab_size)
     print(f"wrote {args.output}")
 
 
