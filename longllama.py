@@ -235,8 +235,11 @@ def padding_bias(real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Folded queries q (B, G, R, D), k (B, G, S, D) -> float32 (B, G, R, S)."""
-    # Keys times queries, since one query times keys is read a quarter slower on a CPU.
-    scores = torch.cat([piece @ q.mT for piece in cast_pieces(k, q.dtype)], dim=2).mT.contiguous().float() * scale
+    if q.shape[2] == 1 and k.dtype == q.dtype:  # keys times the query: on a CPU, from main memory, read a little faster
+        scores = (k @ q.mT).mT
+    else:
+        scores = torch.cat([q @ piece.mT for piece in cast_pieces(k, q.dtype)], dim=3)
+    scores = scores.float() * scale
     return scores if bias is None else scores + bias
 
 
