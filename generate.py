@@ -24,7 +24,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from convert import DTYPES, as_weights, ending_well, first_line, write_safetensors
-from longllama import MEM_DTYPES, Attended, Block, Cache, LocalCache, LongLlama, Memory, attend, merge
+from longllama import (
+    MEM_DTYPES,
+    Attended,
+    Block,
+    Cache,
+    LocalCache,
+    LongLlama,
+    Memory,
+    attend,
+    merge,
+    split_into_windows,
+)
 from tokenizer import StreamDecoder, Tokenizer
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -244,9 +255,11 @@ def is_whole(cache: Cache, model: LongLlama) -> bool:
     """Whether a cache's tensors are such as this model makes, and as many as its lengths say."""
     local, remembered, rows = cache.local_length, cache.memory_length, set()
 
+    groups, D = model.config.num_key_value_heads, model.config.head_dim
+
     def fits(x: Tensor, tokens: int, dtype: torch.dtype) -> bool:
         rows.update(x.shape[:1])
-        return x.dim() == 4 and x.dtype == dtype and x.shape[1:3] == (model.config.num_key_value_heads, tokens)
+        return x.dtype == dtype and x.shape[1:] in ((groups, tokens, D), (groups, tokens, -(-D // 8) * 8))  # padded
 
     whole = all(type(n) is int and n >= 0 for n in (local, remembered))
     for layer in cache.layers:
@@ -257,26 +270,27 @@ def is_whole(cache: Cache, model: LongLlama) -> bool:
             whole &= all(fits(x, n, memory.dtype) for block, n in zip(memory.blocks, sizes) for x in block)
             whole &= sum(sizes) == remembered
             whole &= len(memory.scales) == (2 if sizes and memory.dtype == torch.float8_e4m3fn else 0)
+            whole &= all(scale.shape[1:] == (groups, 1, 1) for scale in memory.scales)
     if cache.real is not None:
         rows.update(cache.real.shape[:1])
         whole &= cache.real.dtype == torch.bool and cache.real.shape[1:] == (1, remembered + local, 1)
     return whole and len(rows) <= 1
 
 
-def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama) -> Iterator[str]:
+def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama, cache: Cache) -> Iterator[str]:
+    """What may surprise about a prompt of T tokens that is read after what the cache holds."""
     config, new = model.config, args.max_new_tokens
     if prompt.lstrip().startswith("<s>"):
         yield "the prompt begins with the text <s>; the bos token is added without it, so leave it out"
-    window, last = config.max_position_embeddings, config.last_context_length
-    if config.mem_layers and not config.keep_local and min(T, last) + new > window:
-        fits = (
-            f"--last-context-length {window - new} avoids it"
-            if new < window
-            else f"at most {window - 1} new tokens avoid it"
-        )
+    window, last = config.max_position_embeddings, split_into_windows(T, config.last_context_length, cache, config)[-1]
+    local = last.keep + last.stop - last.start
+    if config.mem_layers and not config.keep_local and local + new > window:
+        fits = f"--last-context-length {window - new} avoids it"
+        if cache.local_length or new >= window:
+            fits = f"at most {max(window - local, 1)} new tokens avoid it"
         yield (
-            f"last context {last} + {new} new tokens exceed the window of {window}: once it is full, layers without memory "
-            f"start again with almost no context; {fits}, --keep-local {window // 4} softens it"
+            f"a local context of {local} and {new} new tokens exceed the window of {window}: once it is full, layers "
+            f"without memory start again with almost no context; {fits}, --keep-local {window // 4} softens it"
         )
 
 
@@ -390,15 +404,15 @@ class Steps:
     """
 
     def __init__(self, model: LongLlama, join: Callable):
-        self.model, self.read, self.join = model, model.forward, join
+        self.model, self.uncaptured, self.join = model, model.forward, join
         self.places: list[weakref.ref] = []  # the tensors that the graph reads and writes, which a cache may drop
         self.replay = self.logits = None  # see `prepare`
 
     def __call__(
         self, input_ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None, *args, **kwargs
     ):
-        if attention_mask is not None or cache is None or not self.fits(input_ids, cache):
-            return self.read(input_ids, cache, attention_mask, *args, **kwargs)
+        if attention_mask is not None or cache is None or not self.can_replay(input_ids, cache):
+            return self.uncaptured(input_ids, cache, attention_mask, *args, **kwargs)
         tensors = [x for layer in cache.layers for x in layer.tensors]
         tensors += [x for layer in cache.layers if layer.memory for block in layer.memory.blocks for x in block]
         if len(self.places) != len(tensors) or any(place() is not x for place, x in zip(self.places, tensors)):
@@ -414,7 +428,7 @@ class Steps:
             layer.length += 1
         return self.logits.clone(), cache
 
-    def fits(self, input_ids: Tensor, cache: Cache) -> bool:
+    def can_replay(self, input_ids: Tensor, cache: Cache) -> bool:
         tensors, window = cache.layers[0].tensors, self.model.config.max_position_embeddings
         if not tensors or cache.real is not None or torch.is_grad_enabled():
             return False
@@ -434,7 +448,7 @@ class Steps:
                 tensor[:, :, cache.local_length :] = 0  # no NaN, which would be attended to in spite of being padding
 
         def step():
-            twin.local_length = self.start.clone()  # `read` adds 1 to it, in place
+            twin.local_length = self.start.clone()  # `read` adds 1 to it, in place, and so to each layer's length
             for layer in twin.layers:
                 layer.length = twin.local_length
             self.logits = self.model.logits(self.model.read(self.input_ids, twin, only_remember=False))
@@ -485,7 +499,7 @@ def run(args: argparse.Namespace):
     ids = torch.tensor([tokenizer.encode(prompt, bos=not args.load_memory)], dtype=torch.long, device=device)
     T, decoder, new = ids.shape[1], StreamDecoder(tokenizer, continues=bool(prompt)), 0
     if not args.quiet:
-        for warning in warnings(args, prompt, T, model):
+        for warning in warnings(args, prompt, T, model, cache):
             print(f"generate.py: warning: {warning}", file=sys.stderr)
     progress = Progress(model, T, shown=not args.quiet and sys.stderr.isatty())
     started = first = time.perf_counter()

@@ -66,7 +66,7 @@ class LongLlamaConfig:
     mem_layers: tuple[int, ...] = ()  # the layers that have a memory; none: plain LLaMA
     mem_positionals: bool = True  # False: memory layers rotate nothing
     mem_dtype: str = "bfloat16"  # what memory is stored as; it is computed with in the model's dtype
-    mem_attention_grouping: tuple[int, int] | None = None  # (heads, queries): at most so many scores of memory at once
+    mem_attention_grouping: tuple[int, int] | None = None  # (heads, queries): so many rows of scores of memory at once
     mem_topk: int | None = None  # a query attends to so many remembered tokens, those with the best keys; None: to all
     mem_device: str | None = None  # "cpu": memory is kept in main memory, and copied to a GPU in pieces, as it is used
     keep_local: int = 0  # when the window is full, so many newest tokens stay local
@@ -80,14 +80,15 @@ class LongLlamaConfig:
         groups = heads if self.num_key_value_heads is None else self.num_key_value_heads
         tuples = {name: tuple(value) for name, value in vars(self).items() if isinstance(value, list)}
         vars(self).update(tuples, num_key_value_heads=groups)  # frozen, but for this
+        limits = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "vocab_size")
+        limits["keep_local"] = "max_position_embeddings"
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            limit = self.vocab_size if name.endswith("_token_id") else self.max_position_embeddings if name == "keep_local" else 0
-            if limit:
-                fits = type(value) is int and 0 <= value < limit
-                require(fits, f"{name} must be at least 0 and less than {limit}, not {value!r}")
+            if name in limits:
+                fits = type(value) is int and 0 <= value < getattr(self, limits[name])
+                require(fits, f"{name} must be at least 0 and less than {limits[name]}, not {value!r}")
             elif field.type in (int, int | None):
                 require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
             elif field.type is bool:
@@ -137,12 +138,19 @@ PARTS = 16  # a weight is read as so many products at once, at least one for eac
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in), weight (out, in) -> (..., out)."""
+    """x (..., in), weight (out, in) -> (..., out). For one token on a CPU it takes as long as reading the weight, and what torch
+    would choose reads float32 (by MKL) and bfloat16 (by oneDNN) at half of the memory's speed or less."""
     rows, size = weight.shape
-    if x.numel() == size and rows % PARTS == 0 and x.device.type == "cpu" and x.dtype == torch.float32:
-        # For one token MKL reads a weight at a third of the memory's speed, but the same weight as a batch at full speed.
-        column = x.reshape(1, 1, size).expand(PARTS, 1, size).mT
-        return (weight.view(PARTS, -1, size) @ column).view(*x.shape[:-1], rows)
+    if x.numel() == size and x.device.type == "cpu":
+        if x.dtype == torch.float32 and rows % PARTS == 0:  # the same weight as a batch is read at full speed
+            column = x.reshape(1, 1, size).expand(PARTS, 1, size).mT
+            return (weight.view(PARTS, -1, size) @ column).view(*x.shape[:-1], rows)
+        if x.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling():
+            torch.backends.mkldnn.enabled = False  # torch's own product remains
+            try:
+                return F.linear(x, weight)
+            finally:
+                torch.backends.mkldnn.enabled = True
     return F.linear(x, weight)
 
 
@@ -183,7 +191,8 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 # log-sum-exp of each query's scores, (B, H, T), which is all it takes to merge it with attention over another set.
 
 Attended = tuple[Tensor, Tensor]
-ROWS = 128  # of the score matrix that the plain formula holds at once
+ROWS = 128  # queries of each head whose scores the plain formula holds at once, at most
+SCORES = 1 << 27  # scores that it holds at once, at most
 FEW_ROWS = 16  # up to so many queries, reading the keys is the work; on a CPU the plain formula reads them fastest
 CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor's cache when they are used
 GATHERED = 1 << 24  # numbers of the best values that are gathered at once
@@ -287,6 +296,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, scale=D**-0.5)[:2]
     else:
+        rows = max(min(rows, SCORES // (B * G * k.shape[2])), 1)
         starts = range(0, q.shape[2], rows)
         parts = [attend_plain(q[:, :, i : i + rows], k, v, bias, D**-0.5, i if causal else None) for i in starts]
         out, lse = (torch.cat(x, dim=2) for x in zip(*parts))
@@ -366,7 +376,7 @@ class Memory:
         self.dtype, self.grouping, self.topk = getattr(torch, config.mem_dtype), config.mem_attention_grouping, config.mem_topk
         self.device = config.mem_device and torch.device(config.mem_device)
         self.blocks: list[tuple[Tensor, Tensor]] = []  # keys, values
-        self.room: tuple[Tensor, Tensor] | tuple[()] = ()  # what the last block is the beginning of, (B, G, capacity, D) each
+        self.room: tuple[Tensor, Tensor] | tuple[()] = ()  # the last block and free space behind it, (B, G, capacity, D)
         self.scales: list[Tensor] = []  # float8 only: what keys and values were divided by, (B, G, 1, 1) each
         self.length = 0
 
@@ -379,7 +389,7 @@ class Memory:
             self.scales = self.scales or [float8_scale(k), float8_scale(v)]
             k, v = ((x / scale).clamp(-448, 448) for x, scale in zip((k, v), self.scales))
         self.blocks = list(self.blocks)  # forks share the old list
-        self.room = () if grad else self.room  # autograd keeps earlier blocks, which must not be overwritten
+        self.room = () if grad else self.room
         for new in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
             tokens = new[0].shape[2]
             if self.room and self.blocks[-1][0].shape[2] + tokens <= self.room[0].shape[2]:
@@ -392,10 +402,12 @@ class Memory:
                 while self.blocks and self.blocks[-1][0].shape[2] <= min(4 * tokens, self.BLOCK - tokens):
                     parts.insert(0, self.blocks.pop())
                     tokens += parts[0][0].shape[2]
+                # Streamed blocks are copied whole, and what has gradients cannot be written into.
                 capacity = tokens if self.device or grad else min(2 * tokens, self.BLOCK)
                 pin = k.is_cuda and device.type == "cpu"
                 self.room = tuple(store(x, capacity, dtype, device, pin) for x in zip(*parts))
-            self.blocks.append(tuple(x[:, :, :tokens] for x in self.room))
+            # .data: for autograd, which may have kept an earlier block, a write behind it is no change of it.
+            self.blocks.append(tuple((x if grad else x.data)[:, :, :tokens] for x in self.room))
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
@@ -416,8 +428,8 @@ class Memory:
     def blocks_on(self, device: torch.device, real: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """The blocks on a device, each with its part of `real`: keys and values (B, G, n, D), and (B, 1, n, 1) or None."""
         sizes = [k.shape[2] for k, _ in self.blocks]
-        reals = [None] * len(sizes) if real is None else real[:, :, : self.length].split(sizes, dim=2)
-        yield from ((*block, real) for block, real in zip(stream(self.blocks, device), reals))
+        parts = [None] * len(sizes) if real is None else real[:, :, : self.length].split(sizes, dim=2)
+        yield from ((*block, part) for block, part in zip(stream(self.blocks, device), parts))
 
 
 class LocalCache:
@@ -628,8 +640,9 @@ def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig)
     window, local = config.max_position_embeddings, cache.local_length
     fresh, prefix, pieces = local + cache.memory_length == 0, max(T - last, 0), []
     for start, stop in pairwise([*range(0, prefix, window), prefix, T]):
-        room = window - (stop - start)
-        keep = 0 if fresh else local if local <= room else max(min(config.keep_local, room), 0)
+        room, keep = window - (stop - start), 0
+        if not fresh:
+            keep = local if local <= room else max(min(config.keep_local, room), 0)
         local = keep + stop - start
         pieces.append(Piece(start, stop, keep))
     return pieces
@@ -780,6 +793,8 @@ class LongLlama(nn.Module):
         require(temperature == 0 or temperature >= 1e-5, f"temperature must be 0, or at least 1e-5, not {temperature}")
         require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
         require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
+        ends = attention_mask is None or attention_mask[:, -1:].all()
+        require(ends, "attention_mask has padding at the end of a row: padding stands on the left")
         eos = self.config.eos_token_id if eos_token_id == -1 else eos_token_id
         rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -229,6 +229,22 @@ def test_half_precision_with_memory_stays_near_float32(dtype, device, expected):
 # ----------------------------------------------------------------------------------------------- Attention, in float64
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 200), (1, 5, 200), (3, 1, 200)])
+def test_products_of_one_token_and_of_many_are_exact_and_leave_torchs_settings_alone(shape, dtype, enabled, device, monkeypatch):
+    x = torch.randn(shape).to(device, dtype)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    for rows in (320, 333):  # in parts, or not
+        weight = torch.randn(rows, 200).to(device, dtype)
+        out, right = longllama.linear(x, weight), x.double() @ weight.double().T
+        assert out.dtype == dtype and out.shape == right.shape
+        assert (out - right).abs().max() < 4 * torch.finfo(dtype).eps * right.abs().max()
+    assert torch.backends.mkldnn.enabled == enabled
+
+
 def naive(q, k, v, seen):
     """The formula: q (B, H, T, D), k and v (B, G, S, D), seen broadcast to (B, H, T, S)."""
     k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -405,6 +421,17 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.numel = max(self.numel, x.numel())
         return out
+
+
+@pytest.mark.parametrize("B, G", [(1, 4), (3, 2)])
+def test_the_plain_formula_holds_few_scores_at_once(B, G, monkeypatch):
+    q, k, v = torch.randn(B, 4, 64, 8), *torch.randn(2, B, G, 300, 8)  # with gradients, so it is the plain formula
+    whole = attend(q, k, v)
+    monkeypatch.setattr(longllama, "SCORES", 300 * B * G * 3)
+    with LargestTensor() as seen:
+        parts = attend(q, k, v)
+    assert seen.numel == max(longllama.SCORES, q.numel(), k.numel())
+    assert all((x - y).abs().max() < 1e-5 for x, y in zip(whole, parts))
 
 
 def test_no_tensor_of_prompt_times_vocabulary_or_prompt_or_window_times_memory():
@@ -772,6 +799,23 @@ def test_gradients_of_what_was_read_after_a_prefix_without_are_those_of_reading_
     assert scale > 1e-3 and all((g - gradients[0]).abs().max() < 1e-5 * scale for g in gradients)
 
 
+def test_reading_on_without_gradients_does_not_disturb_those_of_before():
+    model, ids, gradients = small_model(), torch.randint(61, (1, 40)), []
+    for reads_on in (False, True):
+        with torch.no_grad():
+            _, cache = model(ids[:, :26])
+        logits, _ = model(ids[:, 26:30], cache)
+        if reads_on:
+            blocks = len(cache.layers[1].memory.blocks)
+            with torch.no_grad():
+                model(ids[:, 30:], cache)
+            assert len(cache.layers[1].memory.blocks) == blocks  # grown in place
+        logits.square().sum().backward()
+        gradients.append(model.layers[1].self_attn.qkv_proj.weight.grad.clone())
+        model.zero_grad()
+    assert gradients[0].abs().max() > 1e-3 and torch.equal(*gradients)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "call, message",
@@ -780,6 +824,7 @@ def test_gradients_of_what_was_read_after_a_prefix_without_are_those_of_reading_
         (lambda m: m(torch.zeros(1, 4, dtype=torch.long), last_context_length=0), "last_context_length"),
         (lambda m: m(torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.zeros(1, 5)), "attention_mask"),
         (lambda m: m(torch.ones(2, 4).long(), m(torch.ones(1, 4).long())[1]), "2 rows"),
+        (lambda m: next(m.generate(torch.ones(1, 2).long(), 1, attention_mask=torch.tensor([[1, 0]]))), "on the left"),
         (lambda m: LongLlama(small_config(mem_layers=()))(torch.zeros(1, 17, dtype=torch.long)), "window of 16"),
     ],
 )
@@ -1175,10 +1220,17 @@ def test_standard_input_and_an_empty_prompt_are_prompts(capsys, monkeypatch):
     assert run_generate("--prompt", "x", "--max-new-tokens", 0) == 0
 
 
-def test_settings_that_will_overflow_are_warned_of_with_the_value_that_avoids_it(capsys):
+def test_settings_that_will_overflow_are_warned_of_with_the_value_that_avoids_it(capsys, tmp_path):
     run_generate("--prompt", "sea " * 300, "--max-new-tokens", 1, "--last-context-length", 256)
     assert "--last-context-length 255 avoids it" in capsys.readouterr().err
     run_generate("--prompt", "sea " * 300, "--max-new-tokens", 1, "--last-context-length", 255)
+    assert "warning" not in capsys.readouterr().err
+    memory = str(tmp_path / "memory")
+    run_generate("--prompt", "sea " * 300, "--max-new-tokens", 0, "--last-context-length", 200, "--save-memory", memory)
+    capsys.readouterr()
+    run_generate("--prompt", " sea", "--max-new-tokens", 70, "--load-memory", memory)
+    assert "at most 54 new tokens avoid it" in capsys.readouterr().err
+    run_generate("--prompt", " sea", "--max-new-tokens", 54, "--load-memory", memory)
     assert "warning" not in capsys.readouterr().err
     run_generate("--prompt", "<s> sea", "--max-new-tokens", 1)
     assert "bos" in capsys.readouterr().err

@@ -698,7 +698,7 @@ def run(args: argparse.Namespace):
     ids = tokenizer.encode(prompt)
     T = len(ids)
     check(args, T, model.config)
-    for warning in warnings(args, prompt, T, model):
+    for warning in warnings(args, prompt, T, model, Cache(model.config)):
         print(f"{Path(__file__).name}: warning: {warning}", file=sys.stderr)
     views = Views(Text(ids, tokenizer, model.config), T + args.max_new_tokens, args.top)
     progress, difference = Progress(model, T, shown=sys.stderr.isatty()), 0.0
