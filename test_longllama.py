@@ -234,7 +234,9 @@ def test_half_precision_with_memory_stays_near_float32(dtype, device, expected):
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 200), (1, 5, 200), (3, 1, 200)])
-def test_products_of_one_token_and_of_many_are_exact_and_leave_torchs_settings_alone(shape, dtype, enabled, device, monkeypatch):
+def test_products_of_one_token_and_of_many_are_exact_and_leave_torchs_settings_alone(
+    shape, dtype, enabled, device, monkeypatch
+):
     x = torch.randn(shape).to(device, dtype)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     for rows in (320, 333):  # in parts, or not
