@@ -59,6 +59,13 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     return parse
 
 
+def add_prompt_flags(parser: argparse.ArgumentParser):
+    """--prompt or --prompt-file, for `read_prompt`."""
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
+
+
 def add_model_flags(parser: argparse.ArgumentParser, several: bool = False):
     """--model, --device and --dtype, for `pick_device` and `load`. several: of models."""
     add, default, nargs = parser.add_argument, [TINY] if several else TINY, "+" if several else None
@@ -76,9 +83,7 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False):
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
+    add_prompt_flags(parser)
     add_model_flags(parser)
     parser.add_argument("--max-new-tokens", type=number(int, 0), default=100, metavar="N", help="default 100")
     parser.add_argument(

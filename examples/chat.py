@@ -20,16 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from convert import UserError, ending_well, user_errors
-from generate import (
-    Progress,
-    add_model_flags,
-    check_new_file,
-    load,
-    load_memory,
-    number,
-    pick_device,
-    save_memory,
-)
+from generate import Progress, add_model_flags, check_new_file, load, load_memory, number, pick_device, save_memory
 from longllama import MEM_DTYPES, Cache, LongLlama
 from tokenizer import StreamDecoder, Tokenizer
 

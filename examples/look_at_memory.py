@@ -27,6 +27,7 @@ from convert import ending_well, replacing
 from generate import (
     Progress,
     add_model_flags,
+    add_prompt_flags,
     check_new_file,
     load,
     number,
@@ -661,9 +662,7 @@ start();
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
+    add_prompt_flags(parser)
     add_model_flags(parser)
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=20, metavar="N", help="default 20")
     parser.add_argument("--temperature", type=number(float, 0), default=0, metavar="X", help="0: always the likeliest")
