@@ -287,8 +287,8 @@ def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama, ca
     config, new = model.config, args.max_new_tokens
     if prompt.lstrip().startswith("<s>"):
         yield "the prompt begins with the text <s>; the bos token is added without it, so leave it out"
-    window, last = config.max_position_embeddings, split_into_windows(T, config.last_context_length, cache, config)[-1]
-    local = last.keep + last.stop - last.start
+    window, end = config.max_position_embeddings, split_into_windows(T, config.last_context_length, cache, config)[-1]
+    local = end.keep + end.stop - end.start
     if config.mem_layers and not config.keep_local and local + new > window:
         fits = f"--last-context-length {window - new} avoids it"
         if cache.local_length or new >= window:

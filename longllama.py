@@ -138,8 +138,8 @@ PARTS = 16  # a weight is read as so many products at once, at least one for eac
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in), weight (out, in) -> (..., out). For one token on a CPU it takes as long as reading the weight, and what torch
-    would choose reads float32 (by MKL) and bfloat16 (by oneDNN) at half of the memory's speed or less."""
+    """x (..., in), weight (out, in) -> (..., out). For one token on a CPU, all its time goes into reading the weight, and
+    what torch would choose, MKL for float32 and oneDNN for bfloat16, reads it slower than the memory allows."""
     rows, size = weight.shape
     if x.numel() == size and x.device.type == "cpu":
         if x.dtype == torch.float32 and rows % PARTS == 0:  # the same weight as a batch is read at full speed
@@ -244,8 +244,8 @@ def padding_bias(real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Folded queries q (B, G, R, D), k (B, G, S, D) -> float32 (B, G, R, S)."""
-    if q.shape[2] == 1 and k.dtype == q.dtype:  # keys times the query: on a CPU, from main memory, read a little faster
-        scores = (k @ q.mT).mT
+    if k.dtype == q.dtype and q.shape[2] <= FEW_ROWS:  # keys times queries: a CPU reads them faster so from main memory
+        scores = (k @ q.mT).mT.contiguous()
     else:
         scores = torch.cat([q @ piece.mT for piece in cast_pieces(k, q.dtype)], dim=3)
     scores = scores.float() * scale
@@ -281,7 +281,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
 
     real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
     be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
-    formula, `rows` queries at once: few queries on a CPU; float32, padding or an old card on a GPU; gradients anywhere.
+    formula, at most `rows` queries at once: few queries on a CPU; float32, padding or an old card on a GPU; gradients anywhere.
     """
     (B, H, T, D), G = q.shape, k.shape[1]
     if H != G and causal:  # folded, queries of several heads would stand in one causal triangle
@@ -389,7 +389,8 @@ class Memory:
             self.scales = self.scales or [float8_scale(k), float8_scale(v)]
             k, v = ((x / scale).clamp(-448, 448) for x, scale in zip((k, v), self.scales))
         self.blocks = list(self.blocks)  # forks share the old list
-        self.room = () if grad else self.room
+        if grad:
+            self.room = ()
         for new in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
             tokens = new[0].shape[2]
             if self.room and self.blocks[-1][0].shape[2] + tokens <= self.room[0].shape[2]:
@@ -406,7 +407,7 @@ class Memory:
                 capacity = tokens if self.device or grad else min(2 * tokens, self.BLOCK)
                 pin = k.is_cuda and device.type == "cpu"
                 self.room = tuple(store(x, capacity, dtype, device, pin) for x in zip(*parts))
-            # .data: for autograd, which may have kept an earlier block, a write behind it is no change of it.
+            # Autograd may hold an earlier block. By .data, it does not take tokens written behind that for a change of it.
             self.blocks.append(tuple((x if grad else x.data)[:, :, :tokens] for x in self.room))
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
@@ -793,7 +794,7 @@ class LongLlama(nn.Module):
         require(temperature == 0 or temperature >= 1e-5, f"temperature must be 0, or at least 1e-5, not {temperature}")
         require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
         require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
-        ends = attention_mask is None or attention_mask[:, -1:].all()
+        ends = attention_mask is None or attention_mask[..., -1].all()
         require(ends, "attention_mask has padding at the end of a row: padding stands on the left")
         eos = self.config.eos_token_id if eos_token_id == -1 else eos_token_id
         rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)

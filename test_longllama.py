@@ -234,7 +234,7 @@ def test_half_precision_with_memory_stays_near_float32(dtype, device, expected):
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 200), (1, 5, 200), (3, 1, 200)])
-def test_products_of_one_token_and_of_many_are_exact_and_leave_torchs_settings_alone(
+def test_products_of_one_token_and_of_many_are_near_float64_and_leave_torchs_settings_alone(
     shape, dtype, enabled, device, monkeypatch
 ):
     x = torch.randn(shape).to(device, dtype)
@@ -429,10 +429,10 @@ class LargestTensor(TorchDispatchMode):
 def test_the_plain_formula_holds_few_scores_at_once(B, G, monkeypatch):
     q, k, v = torch.randn(B, 4, 64, 8), *torch.randn(2, B, G, 300, 8)  # with gradients, so it is the plain formula
     whole = attend(q, k, v)
-    monkeypatch.setattr(longllama, "SCORES", 300 * B * G * 3)
+    monkeypatch.setattr(longllama, "SCORES", 300 * B * G * 20)  # 20 queries of each head; more than keys have numbers
     with LargestTensor() as seen:
         parts = attend(q, k, v)
-    assert seen.numel == max(longllama.SCORES, q.numel(), k.numel())
+    assert seen.numel == longllama.SCORES
     assert all((x - y).abs().max() < 1e-5 for x, y in zip(whole, parts))
 
 
@@ -808,10 +808,11 @@ def test_reading_on_without_gradients_does_not_disturb_those_of_before():
             _, cache = model(ids[:, :26])
         logits, _ = model(ids[:, 26:30], cache)
         if reads_on:
-            blocks = len(cache.layers[1].memory.blocks)
+            before = cache.layers[1].memory.blocks[-1][0]
             with torch.no_grad():
                 model(ids[:, 30:], cache)
-            assert len(cache.layers[1].memory.blocks) == blocks  # grown in place
+            after = cache.layers[1].memory.blocks[-1][0]
+            assert after.shape[2] > before.shape[2] and after.data_ptr() == before.data_ptr()  # grown in place
         logits.square().sum().backward()
         gradients.append(model.layers[1].self_attn.qkv_proj.weight.grad.clone())
         model.zero_grad()
