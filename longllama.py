@@ -138,19 +138,23 @@ PARTS = 16  # a weight is read as so many products at once, at least one for eac
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in), weight (out, in) -> (..., out). For one token on a CPU, all its time goes into reading the weight, and
-    what torch would choose, MKL for float32 and oneDNN for bfloat16, reads it slower than the memory allows."""
+    """x (..., in), weight (out, in) -> (..., out). On a CPU torch takes MKL for float32 and oneDNN for bfloat16. For one token,
+    both read the weight slower than the memory allows; and for many, MKL multiplies slower than oneDNN would."""
     rows, size = weight.shape
-    if x.numel() == size and x.device.type == "cpu":
-        if x.dtype == torch.float32 and rows % PARTS == 0:  # the same weight as a batch is read at full speed
-            column = x.reshape(1, 1, size).expand(PARTS, 1, size).mT
-            return (weight.view(PARTS, -1, size) @ column).view(*x.shape[:-1], rows)
-        if x.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling():
-            torch.backends.mkldnn.enabled = False  # torch's own product remains
+    one, on_cpu = x.numel() == size, x.device.type == "cpu"
+    if on_cpu and one and x.dtype == torch.float32 and rows % PARTS == 0:  # the same weight as a batch is read at full speed
+        column = x.reshape(1, 1, size).expand(PARTS, 1, size).mT
+        return (weight.view(PARTS, -1, size) @ column).view(*x.shape[:-1], rows)
+    onednn = torch.backends.mkldnn
+    if on_cpu and not torch.compiler.is_compiling() and onednn.is_available() and onednn.enabled:
+        if x.dtype == torch.float32 and not torch.is_grad_enabled():  # this operator has no gradient
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        if x.dtype == torch.bfloat16 and one:
+            onednn.enabled = False  # torch's own product remains
             try:
                 return F.linear(x, weight)
             finally:
-                torch.backends.mkldnn.enabled = True
+                onednn.enabled = True
     return F.linear(x, weight)
 
 

@@ -243,7 +243,7 @@ def test_products_of_one_token_and_of_many_are_near_float64_and_leave_torchs_set
         weight = torch.randn(rows, 200).to(device, dtype)
         out, right = longllama.linear(x, weight), x.double() @ weight.double().T
         assert out.dtype == dtype and out.shape == right.shape
-        assert (out - right).abs().max() < 4 * torch.finfo(dtype).eps * right.abs().max()
+        assert (out - right).abs().max() < 8 * torch.finfo(dtype).eps * right.abs().max()
     assert torch.backends.mkldnn.enabled == enabled
 
 
