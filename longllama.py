@@ -416,19 +416,23 @@ class Memory:
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
+        if not self.scales:
+            return self.attend_stored(q, real)
+        k_scale, v_scale = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).to(q.dtype) for x in self.scales)
+        out, lse = self.attend_stored(q * k_scale, real)  # scales (B, H, 1, 1)
+        return out * v_scale, lse
+
+    def attend_stored(self, q: Tensor, real: Tensor | None) -> Attended:
+        """`attend`, to keys and values as they are stored."""
         B, H, _, D = q.shape
         heads, queries = self.grouping or (H, ROWS)
         rows = max(heads * queries // H, 1)  # of all heads, so as to make no more scores at once
-        scales = [x.repeat_interleave(H // x.shape[1], dim=1).to(q.dtype) for x in self.scales]  # (B, H, 1, 1) each
-        q = q * scales[0] if scales else q
         if self.topk is None:
-            out, lse = reduce(merge, (attend(q, *block, rows=rows) for block in self.blocks_on(q.device, real)))
-        else:
-            K = min(self.topk, self.length)
-            rows = max(min(rows, GATHERED // (B * H * K * D)), 1)  # memory that is streamed comes by once for each part
-            parts = [attend_topk(part, self.blocks_on(q.device, real), K) for part in q.split(rows, dim=2)]
-            out, lse = (torch.cat(x, dim=2) for x in zip(*parts))
-        return (out * scales[1] if scales else out), lse
+            return reduce(merge, (attend(q, *block, rows=rows) for block in self.blocks_on(q.device, real)))
+        K = min(self.topk, self.length)
+        rows = max(min(rows, GATHERED // (B * H * K * D)), 1)  # memory that is streamed comes by once for each part
+        parts = [attend_topk(part, self.blocks_on(q.device, real), K) for part in q.split(rows, dim=2)]
+        return tuple(torch.cat(x, dim=2) for x in zip(*parts))
 
     def blocks_on(self, device: torch.device, real: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """The blocks on a device, each with its part of `real`: keys and values (B, G, n, D), and (B, 1, n, 1) or None."""
@@ -563,15 +567,14 @@ def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, ex
     return torch.cat(outs)
 
 
-def cross_batch_extra(B: int, cross_batch_range: int, packing: int, stepping: bool = True) -> list[int]:
+def cross_batch_extra(B: int, cross_batch_range: int, packing: int) -> list[int]:
     """How many of the entries before it each of the B entries of a batch sees; at most cross_batch_range.
 
     `packing` consecutive entries are chunks of one document: the nearest extra contexts are the true past (positives), the
     others unrelated (negatives). Stepping: the later an entry in its document, the more it sees, so one batch trains all ranges.
     """
     step = -(-(cross_batch_range + 1) // max(packing - 1, 1))
-    ranges = [min(b % packing * step, cross_batch_range) if stepping else cross_batch_range for b in range(B)]
-    return [min(n, b) for b, n in enumerate(ranges)]  # nothing stands before the first entry
+    return [min(b % packing * step, cross_batch_range, b) for b in range(B)]  # before entry b there are b
 
 
 # ----------------------------------------------------------------------------------------------------------- Block

@@ -311,7 +311,7 @@ def test_stepping_and_packing_follow_the_rule():
     assert cross_batch_extra(8, 7, packing=4) == [0, 1, 2, 3, 0, 3, 6, 7]
     assert cross_batch_extra(4, 1, packing=2) == [0, 1, 0, 1]
     assert cross_batch_extra(5, 2, packing=1) == [0, 0, 0, 0, 0]
-    assert cross_batch_extra(5, 2, packing=5, stepping=False) == [0, 1, 2, 2, 2]
+    assert cross_batch_extra(4, 3, packing=2) == [0, 1, 0, 3]
     assert cross_batch_extra(6, 0, packing=3) == [0] * 6
 
 

@@ -76,20 +76,18 @@ class FaissMemory(Memory):
         vars(twin).update(vars(self))
         return twin
 
-    def attend(self, q: Tensor, real: Tensor | None) -> Attended:
+    def attend_stored(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) to the K best keys that are found, at most as many as there are. See `Memory.attend`."""
         B, H, T, D = q.shape
         padded = real is not None and not real[:, :, : self.length].all()
         require(not padded, "FaissMemory takes no padded batches: read texts of unequal length one by one")
         self.update()
-        scales = [x.repeat_interleave(H // x.shape[1], dim=1).to(q.dtype) for x in self.scales]  # (B, H, 1, 1) each
-        q = fold(q * scales[0] if scales else q, self.blocks[0][0])  # (B, G, H / G * T, D)
+        q = fold(q, self.blocks[0][0])  # (B, G, H / G * T, D)
         found = self.search(q)  # (B, G, H / G * T, K)
         rows = max(GATHERED // (found[:, :, 0].numel() * q.shape[3]), 1)
         parts = zip(q[..., :D].split(rows, dim=2), found.split(rows, dim=2))
         out, lse = (torch.cat(x, dim=2) for x in zip(*(self.attend_found(*part) for part in parts)))
-        out = out.reshape(B, H, T, D)
-        return (out * scales[1] if scales else out), lse.reshape(B, H, T)
+        return out.reshape(B, H, T, D), lse.reshape(B, H, T)
 
     def search(self, q: Tensor) -> Tensor:
         """The tokens with the K best keys for q (B, G, R, D): int64 (B, G, R, K), -1 where an approximate index found fewer."""
