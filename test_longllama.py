@@ -558,7 +558,7 @@ def test_float8_is_cast_exactly():
 @torch.no_grad()
 @pytest.mark.parametrize("mem_positionals", [True, False])
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-5), (torch.bfloat16, 5e-2)])
 def test_what_stays_local_at_an_overflow_is_rotated_to_positions_from_0(layer, mem_positionals, dtype, bound):
     """Against the formula in float64, over memory, unrotated, and the local context, rotated from its new start."""
     torch.manual_seed(0)
@@ -1352,9 +1352,10 @@ compiles = pytest.mark.skipif(
 
 @compiles
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_layers_give_the_same_logits(device):
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-5), (torch.bfloat16, 5e-2)])
+def test_compiled_layers_give_the_same_logits(dtype, bound, device):
     """Windows, and one token at a time: compiled, on a GPU captured and replayed; memory begins, and the window overflows."""
-    model, compiled = small_model().to(device), small_model().to(device)
+    model, compiled = (small_model().to(device, dtype) for _ in range(2))
     generate.compile_layers(compiled)
     ids = torch.randint(61, (2, 70), device=device)
     with torch.inference_mode():
@@ -1362,7 +1363,7 @@ def test_compiled_layers_give_the_same_logits(device):
             caches = [Cache(model.config) for _ in range(2)]
             for part in ids.split(parts, dim=1):
                 a, b = (m(part, cache)[0] for m, cache in zip((model, compiled), caches))
-                assert (a - b).abs().max() < 1e-4
+                assert (a - b).norm() / b.norm() < bound
 
 
 @torch.inference_mode()
