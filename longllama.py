@@ -147,7 +147,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return (weight.view(PARTS, -1, size) @ column).view(*x.shape[:-1], rows)
     onednn = torch.backends.mkldnn
     if on_cpu and not torch.compiler.is_compiling() and onednn.is_available() and onednn.enabled:
-        if x.dtype == torch.float32 and not torch.is_grad_enabled():  # this operator has no gradient
+        if x.dtype == torch.float32 and not torch.is_grad_enabled():  # oneDNN's own operator, which has no gradient
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         if x.dtype == torch.bfloat16 and one:
             onednn.enabled = False  # torch's own product remains
@@ -418,12 +418,13 @@ class Memory:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
         if not self.scales:
             return self.attend_stored(q, real)
-        k_scale, v_scale = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).to(q.dtype) for x in self.scales)
-        out, lse = self.attend_stored(q * k_scale, real)  # scales (B, H, 1, 1)
+        repeats = q.shape[1] // self.scales[0].shape[1]  # query heads that share a key head
+        k_scale, v_scale = (x.repeat_interleave(repeats, dim=1).to(q.dtype) for x in self.scales)  # (B, H, 1, 1) each
+        out, lse = self.attend_stored(q * k_scale, real)  # q (k s) = (q s) k: the query carries the keys' scale
         return out * v_scale, lse
 
     def attend_stored(self, q: Tensor, real: Tensor | None) -> Attended:
-        """`attend`, to keys and values as they are stored."""
+        """`attend`, to keys and values as they are stored: float8's still divided by their scales."""
         B, H, _, D = q.shape
         heads, queries = self.grouping or (H, ROWS)
         rows = max(heads * queries // H, 1)  # of all heads, so as to make no more scores at once
