@@ -308,7 +308,7 @@ class Progress:
         self.hook = model.embed_tokens.register_forward_hook(self.advance)
 
     def advance(self, module, inputs, output):
-        self.windows, self.tokens = self.windows + len(inputs[0]), self.tokens + inputs[0].numel()
+        self.windows, self.tokens = self.windows + 1, self.tokens + inputs[0].numel()
         if self.shown:
             done = 40 * self.tokens // self.total
             bar = f"[{'#' * done}{'.' * (40 - done)}]"
@@ -329,18 +329,19 @@ def process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def statistics(
-    cache: Cache, progress: Progress, T: int, new: int, started: float, first: float, ended: float, device: torch.device
-) -> str:
+def statistics(cache: Cache, progress: Progress, T: int, times: list[float], device: torch.device) -> str:
+    """times: when reading began, and when each token was there, in seconds. The first step of one token is not counted in what
+    decoding takes: it makes room for more, and with --compile it compiles."""
     if device.type == "cuda":
         peak, of = torch.cuda.max_memory_allocated(device), "GPU"
     else:
         peak, of = process_peak(), "process"
-    decode = f"{(new - 1) / (ended - first):,.1f} tokens/s" if new > 1 and ended > first else "-"
+    steps = len(times) - 3
+    decode = f"{steps / (times[-1] - times[2]):,.1f} tokens/s" if steps > 0 else "-"
     return (
         f"prompt {T:,} tokens in {progress.windows:,} windows | "
         f"memory {cache.memory_length:,} tokens, {cache.memory_bytes / 2**20:,.1f} MiB | "
-        f"prefill {T / (first - started):,.0f} tokens/s | decode {decode} | peak {of} memory {peak / 2**20:,.0f} MiB"
+        f"prefill {T / (times[1] - times[0]):,.0f} tokens/s | decode {decode} | peak {of} memory {peak / 2**20:,.0f} MiB"
     )
 
 
@@ -507,14 +508,14 @@ def run(args: argparse.Namespace):
         for warning in warnings(args, prompt, T, model, cache):
             print(f"generate.py: warning: {warning}", file=sys.stderr)
     progress = Progress(model, T, shown=not args.quiet and sys.stderr.isatty())
-    started = first = time.perf_counter()
+    times = [time.perf_counter()]
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     try:
         for token in model.generate(ids, max(args.max_new_tokens, bool(args.save_memory)), cache=cache, **sampling):
             token = token.item()
+            times.append(time.perf_counter())
             if new == 0:
                 progress.close()
-                first = time.perf_counter()
                 if args.save_memory:  # the cache holds the prompt and not yet this token
                     save_memory(args.save_memory, cache, model)
             if new == args.max_new_tokens:
@@ -522,12 +523,11 @@ def run(args: argparse.Namespace):
             new += 1
             print(decoder.feed(token), end="", flush=True)
     finally:  # after Ctrl-C too
-        ended = time.perf_counter()
         progress.close()
         if new:
             print(decoder.flush(), flush=True)
-        if first > started and not args.quiet:
-            print(statistics(cache, progress, T, new, started, first, ended, device), file=sys.stderr)
+        if len(times) > 1 and not args.quiet:
+            print(statistics(cache, progress, T, times, device), file=sys.stderr)
 
 
 def main():

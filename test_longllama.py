@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def error_of(model, name, expected):
 def test_logits_are_those_of_the_original(name, device, expected):
     changes = CASES[name]["config"]
     error = error_of(LongLlama.from_pretrained(TESTDATA, device, **changes), name, expected)
-    assert error < (2e-3 if changes.get("mem_dtype") == "bfloat16" else 5e-4)
+    assert error < (5e-4 if changes.get("mem_dtype") == "bfloat16" else 1e-4)
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def test_memory_searched_or_kept_elsewhere_gives_the_originals_logits(name, chan
     """As many best keys as there are make all of attention. Small blocks: the search, and the copies, are of many."""
     monkeypatch.setattr(longllama.Memory, "BLOCK", 5)
     monkeypatch.setattr(longllama, "GATHERED", 10000)  # a few queries at once
-    assert error_of(LongLlama.from_pretrained(TESTDATA, device, **changes), name, expected) < 5e-4
+    assert error_of(LongLlama.from_pretrained(TESTDATA, device, **changes), name, expected) < 1e-4
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def test_logits_to_keep_gives_the_same_last_logits(name, keep, expected):
         assert logits.shape[1] == kept
         right = expected[f"{name}.logits"][:, start + n - kept : start + n]
         real = torch.ones_like(right[..., 0]).bool() if mask is None else mask[:, start + n - kept : start + n].bool()
-        assert (logits - right)[real].abs().max() < 5e-4
+        assert (logits - right)[real].abs().max() < 1e-4
         start += n
 
 
@@ -146,7 +147,7 @@ def test_the_plain_formula_and_small_memory_blocks_give_the_originals_logits_too
     monkeypatch.setattr(longllama.attend, "__defaults__", (None, False, 7))  # rows
     monkeypatch.setattr(longllama.Memory, "BLOCK", 5)
     with torch.enable_grad():  # kernels are not used where gradients may be wanted
-        assert error_of(LongLlama.from_pretrained(TESTDATA), name, expected) < 5e-4
+        assert error_of(LongLlama.from_pretrained(TESTDATA), name, expected) < 1e-4
 
 
 # ----------------------------------------------------------------------------------------------- Against transformers
@@ -180,7 +181,7 @@ def test_without_memory_layers_it_is_llama(name, tmp_path):
     reference = hf_llama(tmp_path, **LLAMAS[name])
     ids = torch.randint(97, (2, 50))
     logits = read(LongLlama.from_pretrained(tmp_path), ids, [20, 1, 1, 15, 13])
-    assert (logits - reference(ids).logits).abs().max() < 5e-4
+    assert (logits - reference(ids).logits).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -190,7 +191,7 @@ def test_a_context_kept_local_is_llama_also_beyond_the_window(tmp_path):
     ids = torch.randint(97, (1, 60))
     logits, cache = model(ids, last_context_length=60)
     assert (cache.local_length, cache.memory_length) == (60, 0)
-    assert (logits - reference(ids).logits).abs().max() < 5e-4
+    assert (logits - reference(ids).logits).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -201,7 +202,7 @@ def test_padding_on_the_left_changes_nothing_for_llama(tmp_path):
     model = LongLlama.from_pretrained(tmp_path)
     logits, cache = model(padded[:, :40], attention_mask=mask[:, :40])
     more, _ = model(padded[:, 40:], cache)
-    assert (torch.cat((logits, more), dim=1)[:, 12:] - reference(ids).logits).abs().max() < 5e-4
+    assert (torch.cat((logits, more), dim=1)[:, 12:] - reference(ids).logits).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -1009,7 +1010,7 @@ def test_every_released_layout_converts_and_goes_back_to_transformers(layout, tm
     ids = torch.randint(97, (1, 40))
     model = LongLlama.from_pretrained(ours)
     assert (model.config.mem_layers, model.config.last_context_length) == ((1,), 12)
-    assert (model(ids, last_context_length=40)[0] - reference(ids).logits).abs().max() < 5e-4
+    assert (model(ids, last_context_length=40)[0] - reference(ids).logits).abs().max() < 1e-4
 
     assert run_convert("--input", ours, "--output", back, "--to-hf", "--dtype", "bfloat16") == 0
     again = LlamaForCausalLM.from_pretrained(back)
@@ -1195,6 +1196,14 @@ def test_generate_counts_windows_and_memory(capsys, tmp_path):
     T = 1 + len(Tokenizer(TINY / "tokenizer.model").encode("the whale " * 1000, bos=False))
     assert f"prompt {T:,} tokens in {-(-(T - 128) // 256) + 1} windows" in err
     assert f"memory {T - 128:,} tokens, {(T - 128) * 2 * 128 * 4 / 2**20:,.1f} MiB" in err
+
+
+def test_statistics_leave_the_first_step_out_of_the_speed_of_decoding(capsys, monkeypatch):
+    """A clock: the prompt of 3 tokens takes 2 seconds, the first step 10, the two after it a quarter each."""
+    ticks = iter([0.0, 2.0, 12.0, 12.25, 12.5])
+    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert run_generate("--prompt", "The sea", "--max-new-tokens", 4, "--temperature", 0) == 0
+    assert "prefill 2 tokens/s | decode 4.0 tokens/s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,7 @@ def run(args: argparse.Namespace):
     model = bench_model(args)
     for variant in variants[len(args.mem_dtype) :]:
         check(*variant, model)
-    if args.compile:  # before anything is timed: batches of windows, and steps as often as it takes to capture them
+    if args.compile:  # before anything is timed: windows with memory, and steps as often as it takes to capture them
         measure(reader(*variants[0], model), model, args.batch, 4 * model.config.max_position_embeddings, steps=4)
     for i in range(args.repeats):
         for line in [line for line in lines if grown[line] is not None]:
