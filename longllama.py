@@ -94,7 +94,8 @@ class LongLlamaConfig:
             elif field.type is bool:
                 require(type(value) is bool, f"{name} must be true or false, not {value!r}")
             elif field.type is float:
-                require(type(value) in (int, float) and value > 0, f"{name} must be above 0, not {value!r}")
+                fits = type(value) in (int, float) and 0 < value < float("inf")
+                require(fits, f"{name} must be above 0 and finite, not {value!r}")
         require(self.hidden_size % (2 * heads) == 0, f"hidden_size {self.hidden_size} is not {heads} heads of even size")
         require(heads % self.num_key_value_heads == 0, "num_key_value_heads must divide num_attention_heads")
         chosen, layers = self.mem_layers, range(self.num_hidden_layers)
@@ -236,7 +237,8 @@ def copy_float8(room: Tensor, x: Tensor) -> Tensor:
 
 def fold(q: Tensor, k: Tensor) -> Tensor:
     """q (B, H, T, D) -> (B, G, H / G * T, D of k): queries that share a key head stand side by side, and no key is copied."""
-    q = F.pad(q, (0, k.shape[3] - q.shape[3])) if k.shape[3] > q.shape[3] else q
+    if k.shape[3] > q.shape[3]:  # contiguous: of heads of 2, each half is 1 wide, and torch may take q for channels-last
+        q = F.pad(q, (0, k.shape[3] - q.shape[3])).contiguous()
     return q.reshape(len(q), k.shape[1], -1, k.shape[3])
 
 
@@ -287,9 +289,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
     be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
     formula, at most `rows` queries at once: few queries on a CPU; float32, padding or an old card on a GPU; gradients anywhere.
     """
-    (B, H, T, D), G = q.shape, k.shape[1]
-    if H != G and causal:  # folded, queries of several heads would stand in one causal triangle
-        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    B, H, T, D = q.shape
+    if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
+        k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
     q, bias = fold(q, k), padding_bias(real, q.dtype)
 
     fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
@@ -300,7 +302,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, scale=D**-0.5)[:2]
     else:
-        rows = max(min(rows, SCORES // (B * G * k.shape[2])), 1)
+        rows = max(min(rows, SCORES // (B * k.shape[1] * k.shape[2])), 1)
         starts = range(0, q.shape[2], rows)
         parts = [attend_plain(q[:, :, i : i + rows], k, v, bias, D**-0.5, i if causal else None) for i in starts]
         out, lse = (torch.cat(x, dim=2) for x in zip(*parts))
@@ -519,6 +521,7 @@ class Cache:
         self.layers = [LocalCache(config, memory, config.rotates(i)) for i, memory in enumerate(memories)]
         self.local_length = 0  # tokens in the local context, and so the position of the next
         self.memory_length = 0  # tokens in memory
+        self.batch_size: int | None = None  # rows; None: nothing was read yet
         self.real: Tensor | None = None  # (B, 1, memory_length + local_length, 1), False where padded; None: no padding
 
     @property
@@ -734,7 +737,8 @@ class LongLlama(nn.Module):
 
         attention_mask: (B, T), for the new tokens only; 0 is padding, on the left. last_context_length: instead of the
         config's. logits_to_keep: n > 0 gives the logits of the last n positions only, (B, n, V), and saves all work that
-        only the others need. Logits at padding are undefined. Raises ValueError where shapes or lengths do not fit.
+        only the others need. Logits at padding are undefined. Raises ValueError where shapes or lengths do not fit. After any
+        other exception, as of Ctrl-C, the cache is of no use: go on from a fork.
         """
         (B, T), window = input_ids.shape, self.config.max_position_embeddings
         cache = Cache(self.config) if cache is None else cache
@@ -745,13 +749,13 @@ class LongLlama(nn.Module):
         require(logits_to_keep >= 0, f"logits_to_keep must be at least 0, not {logits_to_keep}")
         fits = self.config.mem_layers or length <= window
         require(fits, f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
-        for x in cache.layers[0].tensors:
-            require(len(x) == B, f"input_ids has {B} rows, and the cache has {len(x)}")
+        require(cache.batch_size in (None, B), f"input_ids has {B} rows, and the cache has {cache.batch_size}")
         real = None
         if attention_mask is not None:
             require(attention_mask.shape == (B, T), f"attention_mask must be {(B, T)}, not {tuple(attention_mask.shape)}")
             real = None if attention_mask.all() else attention_mask.bool()[:, None, :, None]  # (B, 1, T, 1)
 
+        cache.batch_size = B
         first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
         hidden = []
         pieces = split_into_windows(T, last, cache, self.config)
