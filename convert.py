@@ -74,15 +74,20 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"{path} is missing: --input needs model.safetensors or pytorch_model.bin, or their shards"
         )
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of many kinds, and torch advises to switch its guard off
-        if isinstance(error, OSError) or out_of_memory(error):
-            raise
-        raise ValueError(f"{path} is broken, or holds more than tensors, which is not loaded: get it again") from None
+    tensors = load_pickled(path)
     if not isinstance(tensors, dict) or not all(getattr(x, "dtype", None) in DTYPES.values() for x in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of float32, bfloat16 or float16 tensors")
     return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def load_pickled(path: Path):
+    """What torch.save wrote, tensors mapped rather than read. Raises OSError, or ValueError for what could be code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # of many kinds, and torch advises to switch its guard off
+        if (isinstance(error, OSError) and error.filename) or out_of_memory(error):  # a file cut short has no name
+            raise
+        raise ValueError(f"{path} is broken, or holds more than tensors, which is not loaded: get it again") from None
 
 
 @contextmanager
@@ -211,6 +216,10 @@ def user_errors() -> Iterator[None]:
 @contextmanager
 def ending_well(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Around a program: it ends with one line and status 2 for a `UserError`, and quietly where its user stops it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the text
     try:
         with user_errors():
             yield

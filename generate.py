@@ -132,7 +132,7 @@ def pick_device(name: str) -> torch.device:
         made = torch.zeros(1, device=name)
         made.item()  # which "meta" refuses
         return made.device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise ValueError(f"--device {name} is none that torch can use here: auto takes the best there is") from None
 
 
@@ -157,6 +157,8 @@ def read_prompt(args: argparse.Namespace) -> str:
         if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # how Python keeps other bytes
             raise ValueError("--prompt is not UTF-8 text: convert it first")
         return args.prompt
+    if args.prompt_file == "-" and sys.stdin is None:
+        raise ValueError("--prompt-file -: standard input is closed")
     try:
         data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
         return data.decode("utf-8-sig")  # without the mark that some editors begin a file with
@@ -176,12 +178,16 @@ def load(folder: Path, device: torch.device, dtype: str = "auto", **overrides) -
     tokenizer = Tokenizer(folder / "tokenizer.model")
     dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = LongLlama.from_pretrained(folder, device, dtype, **{k: v for k, v in overrides.items() if v is not None})
+    check_vocabulary(folder, tokenizer, model)
+    return model, tokenizer
+
+
+def check_vocabulary(where: Path, tokenizer: Tokenizer, model: LongLlama):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: "
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: "
             "they do not belong together"
         )
-    return model, tokenizer
 
 
 def settings(model: LongLlama) -> dict:
@@ -236,6 +242,7 @@ def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> 
             )
     cache, device = Cache(model.config, new_memory), model.norm.weight.device
     cache.local_length, cache.memory_length = (made_with.get(name) for name in ("local_length", "memory_length"))
+    cache.batch_size = next((x.shape[0] for x in tensors.values() if x.dim()), None)
     cache.real = tensors["real"].to(device) if "real" in tensors else None
 
     def numbered(group: str, device: torch.device) -> list[Tensor]:
@@ -258,13 +265,11 @@ def load_memory(path: Path, model: LongLlama, new_memory: Callable = Memory) -> 
 
 def is_whole(cache: Cache, model: LongLlama) -> bool:
     """Whether a cache's tensors are such as this model makes, and as many as its lengths say."""
-    local, remembered, rows = cache.local_length, cache.memory_length, set()
-
+    local, remembered, B = cache.local_length, cache.memory_length, cache.batch_size
     groups, D = model.config.num_key_value_heads, model.config.head_dim
 
     def fits(x: Tensor, tokens: int, dtype: torch.dtype) -> bool:
-        rows.update(x.shape[:1])
-        return x.dtype == dtype and x.shape[1:] in ((groups, tokens, D), (groups, tokens, -(-D // 8) * 8))  # padded
+        return x.dtype == dtype and x.shape in ((B, groups, tokens, D), (B, groups, tokens, -(-D // 8) * 8))  # padded
 
     whole = all(type(n) is int and n >= 0 for n in (local, remembered))
     for layer in cache.layers:
@@ -275,11 +280,10 @@ def is_whole(cache: Cache, model: LongLlama) -> bool:
             whole &= all(fits(x, n, memory.dtype) for block, n in zip(memory.blocks, sizes) for x in block)
             whole &= sum(sizes) == remembered
             whole &= len(memory.scales) == (2 if sizes and memory.dtype == torch.float8_e4m3fn else 0)
-            whole &= all(scale.shape[1:] == (groups, 1, 1) for scale in memory.scales)
+            whole &= all(scale.shape == (B, groups, 1, 1) for scale in memory.scales)
     if cache.real is not None:
-        rows.update(cache.real.shape[:1])
-        whole &= cache.real.dtype == torch.bool and cache.real.shape[1:] == (1, remembered + local, 1)
-    return whole and len(rows) <= 1
+        whole &= cache.real.dtype == torch.bool and cache.real.shape == (B, 1, remembered + local, 1)
+    return whole
 
 
 def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama, cache: Cache) -> Iterator[str]:

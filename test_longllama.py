@@ -9,6 +9,7 @@ import errno
 import gc
 import io
 import json
+import math
 import os
 import random
 import re
@@ -159,6 +160,7 @@ LLAMAS = {
     "tied": {"tie_word_embeddings": True},
     "rope_theta_1e6": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "large_eps": {"rms_norm_eps": 1e-2},
+    "heads_of_2": {"num_attention_heads": 32},
 }
 
 
@@ -426,13 +428,14 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("B, G", [(1, 4), (3, 2)])
-def test_the_plain_formula_holds_few_scores_at_once(B, G, monkeypatch):
-    q, k, v = torch.randn(B, 4, 64, 8), *torch.randn(2, B, G, 300, 8)  # with gradients, so it is the plain formula
-    whole = attend(q, k, v)
-    monkeypatch.setattr(longllama, "SCORES", 300 * B * G * 20)  # 20 queries of each head; more than keys have numbers
+@pytest.mark.parametrize("B, G, causal, heads", [(1, 4, False, 4), (3, 2, False, 2), (1, 4, True, 4), (3, 2, True, 4)])
+def test_the_plain_formula_holds_few_scores_at_once(B, G, causal, heads, monkeypatch):
+    """heads: of scores. Queries that share a key head stand side by side, but not where they are causal."""
+    q, k, v = torch.randn(B, 4, 300, 8), *torch.randn(2, B, G, 300, 8)  # with gradients, so it is the plain formula
+    whole = attend(q, k, v, causal=causal)
+    monkeypatch.setattr(longllama, "SCORES", 300 * B * heads * 20)  # 20 rows of each; more than keys have numbers
     with LargestTensor() as seen:
-        parts = attend(q, k, v)
+        parts = attend(q, k, v, causal=causal)
     assert seen.numel == longllama.SCORES
     assert all((x - y).abs().max() < 1e-5 for x, y in zip(whole, parts))
 
@@ -868,6 +871,18 @@ def test_rows_end_at_eos_and_generation_when_all_have():
         assert set(row[stop:]) <= {model.config.pad_token_id}
 
 
+@torch.no_grad()
+def test_another_number_of_rows_than_the_cache_has_is_refused(tmp_path):
+    model, ids = small_model(), torch.randint(61, (3, 60))
+    local = model(ids[:1])[1]
+    remembered, forked = local.fork(), local.fork()
+    remembered.restart()  # nothing is local
+    generate.save_memory(tmp_path / "memory", remembered, model)
+    for cache in (local, remembered, forked, generate.load_memory(tmp_path / "memory", model)):
+        with pytest.raises(ValueError, match="input_ids has 3 rows, and the cache has 1"):
+            model(ids[:, :20], cache)
+
+
 def test_generation_goes_on_from_a_cache():
     model, ids = small_model(), torch.randint(61, (1, 50))
     whole = [i.item() for i in model.generate(ids, 20, temperature=0, eos_token_id=None)]
@@ -886,7 +901,8 @@ def test_generation_goes_on_from_a_cache():
         {"mem_layers": [99]}, {"mem_layers": ["a"]}, {"mem_layers": 3}, {"mem_dtype": "int8"}, {"hidden_size": 30},
         {"mem_attention_grouping": [0, 4]}, {"mem_attention_grouping": [4]}, {"mem_attention_grouping": 4},
         {"num_key_value_heads": 3}, {"vocab_size": 0}, {"last_context_length": 0},
-        {"rms_norm_eps": -1.0}, {"eos_token_id": 61}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4},
+        {"rms_norm_eps": -1.0}, {"rms_norm_eps": math.inf}, {"eos_token_id": 61},
+        {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4},
         {"mem_topk": 0}, {"mem_device": "tape"}, {"keep_local": 16}, {"keep_local": -1},
         {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},
     ],
@@ -1230,6 +1246,20 @@ def test_standard_input_and_an_empty_prompt_are_prompts(capsys, monkeypatch):
     assert capsys.readouterr().out == piped != ""
     assert run_generate("--prompt", "", "--max-new-tokens", 5) == 0
     assert run_generate("--prompt", "x", "--max-new-tokens", 0) == 0
+
+
+def test_streams_that_are_closed_or_lack_a_character_are_no_mistake(capsys, monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(generate.StreamDecoder, "feed", lambda self, token: "é")
+    for streams in ({"stdout": None}, {"stderr": None}, {"stdout": ascii_only}):
+        with monkeypatch.context() as patch:
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
+            assert run_generate("--prompt", "The sea", "--max-new-tokens", 2) == 0
+    assert ascii_only.buffer.getvalue().startswith(b"??")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run_generate("--prompt-file", "-") == 2
+    assert "standard input is closed" in capsys.readouterr().err
 
 
 def test_settings_that_will_overflow_are_warned_of_with_the_value_that_avoids_it(capsys, tmp_path):

@@ -715,7 +715,6 @@ def run(args: argparse.Namespace):
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the text
     parser, args = arguments()
     with ending_well(parser):
         run(args)

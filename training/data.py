@@ -15,7 +15,7 @@ from examples.passkey import GRASS, INTRO, KEY, QUESTION
 from tokenizer import Tokenizer
 
 STYLES = ("text", "grass", "mixed")  # of filler
-KEYED = ("dense", "passkey")  # the kinds of document that have a pass key in them; the others: "text" and "filler"
+KEYED, OTHERS = ("dense", "passkey"), ("text", "filler")  # kinds of document: with a pass key in them, and without
 HELD_OUT = 16  # every so many-th document is kept for validation
 
 

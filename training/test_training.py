@@ -134,6 +134,7 @@ def test_a_converted_checkpoint_is_tuned_from_its_own_weights(whole, recipe, fol
         (["--data", "nowhere"], "documents|.txt"),
         (["--recipe", "nowhere.json"], "nowhere.json"),
         (["--init", "nowhere"], "nowhere"),
+        (["--stop-after", "-3"], "-3"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_path, capsys, monkeypatch):
@@ -144,6 +145,25 @@ def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert out == "" and err.count("\n") == 1 and any(part in err for part in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"steps": "x"}, "steps"), ({"packing": 0}, "packing"), ({"learning_rate": -1}, "learning_rate"), ({"cut": 2}, "cut"),
+        ({"ranges": []}, "ranges"), ({"mix": {"text": 1}}, "mix"), ({"mix": {"prose": [1, 1]}}, "mix"), ({"stepz": 1}, "stepz"),
+        ({"phases": []}, "phases"), ({"seed": "a"}, "seed"), ({"weight_decay": None}, "weight_decay"), ({"model": []}, "model"),
+        ({"model": {"vocab_sizee": 1}}, "vocab_sizee"),
+        ({"model": {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1}}, "the tokenizer has 2048 ids"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mistakes_in_a_recipe_are_named(changes, named, recipe, folder, tmp_path, capsys, monkeypatch):
+    raw = json.loads(recipe.read_text())
+    of_recipe = next(iter(changes)) in raw
+    changed = raw | changes if of_recipe else raw | {"phases": [raw["phases"][0] | changes]}
+    (tmp_path / "recipe.json").write_text(json.dumps(changed))
+    test_mistakes_get_one_line_and_status_2([], named, tmp_path / "recipe.json", folder, tmp_path, capsys, monkeypatch)
 
 
 def test_training_does_not_overwrite_a_run_without_being_told(whole, recipe, folder):
@@ -208,7 +228,7 @@ def test_validation_documents_are_never_trained_on(folder, corpus):
 
 
 def test_contrast_decides_which_entries_are_seen():
-    phase = Phase(steps=1, learning_rate=1.0, window=8, documents=2, packing=4, ranges=[7], mix={})
+    phase = Phase(steps=1, learning_rate=1.0, window=8, documents=2, packing=4, ranges=[7], mix={"text": [1, 1]})
     assert extra_contexts(phase, (0, 0, 0)) == [0, 1, 2, 3, 0, 3, 6, 7]
     assert extra_contexts(phase, (0, 0, 0), "positives") == [0, 1, 2, 3] * 2
     assert extra_contexts(phase, (0, 0, 0), "none") == [0] * 8

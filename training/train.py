@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -26,16 +26,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import Corpus
+from data import KEYED, OTHERS, Corpus
 
-from convert import ending_well, save_pretrained
-from generate import pick_device
-from longllama import LongLlama, LongLlamaConfig, cross_batch_extra
+from convert import ending_well, load_pickled, save_pretrained
+from generate import check_vocabulary, number, pick_device
+from longllama import LongLlama, LongLlamaConfig, cross_batch_extra, is_count, require
 from tokenizer import Tokenizer
 
 WARMUP = 50  # steps at the start of each phase over which its learning rate rises
 CLIP = 1.0  # largest norm of the gradient
 REPORT, CHECKPOINT = 20, 100  # steps between progress lines, and between checkpoints
+
+
+def is_number(value, high: float = sys.float_info.max) -> bool:
+    return type(value) in (int, float) and 0 <= value <= high
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,22 @@ class Phase:
     repeated: float = 0.0
     single: float = 0.0
 
+    def __post_init__(self):
+        for name in ("steps", "window", "documents", "packing", "groups"):
+            value = getattr(self, name)
+            require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
+        require(is_number(self.learning_rate), f"learning_rate must be at least 0, not {self.learning_rate!r}")
+        for name in ("cut", "repeated", "single"):
+            require(is_number(getattr(self, name), 1), f"{name} must be 0 to 1, not {getattr(self, name)!r}")
+        ranges, mix, kinds = self.ranges, self.mix, (*KEYED, *OTHERS)
+        fits = ranges is None or (isinstance(ranges, list) and ranges and all(n == 0 or is_count(n) for n in ranges))
+        require(fits, f"ranges must be null or a list of whole numbers, not {ranges!r}")
+        fits = isinstance(mix, dict) and mix and set(mix) <= set(kinds)
+        fits = fits and all(
+            isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in mix.values()
+        )
+        require(fits, f"mix must give some of {', '.join(kinds)} two weights each, [start, end], not {mix!r}")
+
     @property
     def step_tokens(self) -> int:
         return self.groups * self.documents * self.packing * self.window
@@ -82,8 +102,16 @@ class Recipe:
             self.seed, self.weight_decay = self.raw["seed"], self.raw["weight_decay"]
             self.answer_weight, self.model = self.raw["answer_weight"], self.raw["model"]
             self.phases = [Phase(**phase) for phase in self.raw["phases"]]
+            require(bool(self.phases), "it has no phases")
+            require(self.seed == 0 or is_count(self.seed), f"seed must be a whole number, not {self.seed!r}")
+            for name in ("weight_decay", "answer_weight"):
+                require(is_number(self.raw[name]), f"{name} must be at least 0, not {self.raw[name]!r}")
+            names = {field.name for field in fields(LongLlamaConfig)}
+            require(isinstance(self.model, dict), f"model must be an object, not {self.model!r}")
+            require(set(self.model) <= names, f"model has fields that no config has: {sorted(set(self.model) - names)}")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no recipe such as training/tiny.json: {error!r}") from None
+            said = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is no recipe such as training/tiny.json: {said}") from None
         self.steps = sum(phase.steps for phase in self.phases)
 
     def at(self, step: int) -> tuple[Phase, int]:
@@ -139,6 +167,7 @@ class Trainer:
                 raise ValueError(f"groups {phase.groups} must be a multiple of the {self.world} processes")
         self.corpus = Corpus(args.data, Tokenizer(args.tokenizer))
         self.model = self._model()
+        check_vocabulary(args.tokenizer, self.corpus.tokenizer, self.model)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.AdamW(
@@ -232,7 +261,10 @@ class Trainer:
     def load_checkpoint(self):
         if not self.checkpoint.is_file():
             raise FileNotFoundError(f"{self.checkpoint} is missing: there is nothing to resume")
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        state, parts = load_pickled(self.checkpoint), {"step", "recipe", "model", "optimizer"}
+        require(
+            isinstance(state, dict) and parts <= set(state), f"{self.checkpoint} is not a checkpoint of a training run"
+        )
         if not self.recipe.continues(json.loads(state["recipe"]), state["step"]):
             raise ValueError(f"{self.checkpoint} was made with another recipe than {self.args.recipe}")
         set_state_dict(
@@ -271,7 +303,10 @@ def main():
     parser.add_argument("--init", type=Path, help="start from the weights in this folder instead of random ones")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     parser.add_argument(
-        "--stop-after", type=int, metavar="STEP", help="stop at this step: with a checkpoint, and the model so far"
+        "--stop-after",
+        type=number(int, 1),
+        metavar="STEP",
+        help="stop at this step: with a checkpoint, and the model so far",
     )
     parser.add_argument("--contrast", choices=["full", "positives", "none"], default="full",
                         help="for ablations: which contexts besides its own an entry sees")  # fmt: skip
