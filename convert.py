@@ -128,7 +128,7 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dt
 
 
 def as_weights(tensors: dict[str, Tensor]) -> Weights:
-    """Tensors, as `write_safetensors` wants them."""
+    """Tensors, as `write_safetensors` wants them: detached, since numpy takes none that has gradients."""
     return {name: (list(x.shape), x.dtype, x.detach) for name, x in tensors.items()}
 
 

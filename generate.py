@@ -514,8 +514,9 @@ def run(args: argparse.Namespace):
     progress = Progress(model, T, shown=not args.quiet and sys.stderr.isatty())
     times = [time.perf_counter()]
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    most = max(args.max_new_tokens, 1) if args.save_memory else args.max_new_tokens  # the first comes when all is read
     try:
-        for token in model.generate(ids, max(args.max_new_tokens, bool(args.save_memory)), cache=cache, **sampling):
+        for token in model.generate(ids, most, cache=cache, **sampling):
             token = token.item()
             times.append(time.perf_counter())
             if new == 0:

@@ -135,7 +135,7 @@ class LongLlamaConfig:
 # ------------------------------------------------------------------------------------------- Linear, norm and RoPE
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_table`
-PARTS = 16  # a weight is read as so many products at once, at least one for each core
+PARTS = 16  # a weight is read as so many blocks of rows, which the cores share
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 # log-sum-exp of each query's scores, (B, H, T), which is all it takes to merge it with attention over another set.
 
 Attended = tuple[Tensor, Tensor]
-ROWS = 128  # queries of each head whose scores the plain formula holds at once, at most
+ROWS = 128  # rows of scores that the plain formula holds at once for each key head, at most
 SCORES = 1 << 27  # scores that it holds at once, at most
 FEW_ROWS = 16  # up to so many queries, reading the keys is the work; on a CPU the plain formula reads them fastest
 CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor's cache when they are used
@@ -287,7 +287,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
 
     real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
     be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
-    formula, at most `rows` queries at once: few queries on a CPU; float32, padding or an old card on a GPU; gradients anywhere.
+    formula, `rows` rows of scores at once at most: few queries on a CPU; float32, padding or an old card on a GPU; gradients.
     """
     B, H, T, D = q.shape
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
@@ -370,8 +370,9 @@ class Memory:
     """The unrotated keys and the values of everything before the local context, for one memory layer.
 
     They are kept in mem_dtype in blocks, (B, G, tokens, D) each, whose tokens never change, so that forks can share them. New
-    tokens lengthen the last block while it has room. If not, they begin another, with room for as many tokens again, into which
-    all blocks before are moved that are at most four times as large, up to BLOCK: so few are moved, and few blocks remain.
+    tokens lengthen the last block while it has room. If not, they begin another, with room for as many tokens again. It draws in
+    the blocks before it, one by one, while that is at most four times as large as itself by then, up to BLOCK: so few tokens are
+    moved, and few blocks remain.
 
         after 6 windows   [. . . . . .]       after 8   [. . . . . .] [. .]       after 9   [. . . . . . . . . _ _ _ _ _ _ _ _ _]
     """
@@ -413,7 +414,8 @@ class Memory:
                 capacity = tokens if self.device or grad else min(2 * tokens, self.BLOCK)
                 pin = k.is_cuda and device.type == "cpu"
                 self.room = tuple(store(x, capacity, dtype, device, pin) for x in zip(*parts))
-            # Autograd may hold an earlier block. By .data, it does not take tokens written behind that for a change of it.
+            # Autograd may have saved an earlier block, and refuses it once its storage is written to, even behind its tokens.
+            # It does not see writes through .data.
             self.blocks.append(tuple((x if grad else x.data)[:, :, :tokens] for x in self.room))
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
@@ -458,7 +460,7 @@ class LocalCache:
         k, v = self.append([k, v] if self.memory is None else [k, v, unrotated])
         T, S = q.shape[2], self.length
         sets = [k, v] if real is None else [k, v, real[:, :, -S:]]
-        if T == 1 or T == S:
+        if T == 1 or T == S:  # one token sees all that is there; and nothing was there before T of S
             attended = attend(q, *sets, causal=T == S)
         else:  # to what was there before, and causally to the new tokens themselves
             old, new = zip(*(x.split((S - T, T), dim=2) for x in sets))
@@ -759,10 +761,10 @@ class LongLlama(nn.Module):
         first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
         hidden = []
         pieces = split_into_windows(T, last, cache, self.config)
-        for (start, stop, keep), then in zip(pieces, [*pieces[1:], None]):
+        for (start, stop, keep), following in zip(pieces, [*pieces[1:], None]):
             cache.restart(keep)
             cache.note_padding(B, stop - start, None if real is None else real[:, :, start:stop])
-            only_remember = then is not None and then.keep == 0 and stop <= first
+            only_remember = following is not None and following.keep == 0 and stop <= first
             x = self.read(input_ids[:, start:stop], cache, only_remember)
             if stop > first:
                 hidden.append(x[:, max(first - start, 0) :])
