@@ -192,10 +192,11 @@ def check(name: str, mem_dtype: str, model: LongLlama):
 
 
 def prefill_flops(config: LongLlamaConfig, B: int, T: int, last: int) -> float:
-    """The least it takes to read T tokens of which only the last one's logits are wanted; a multiply-add is 2.
+    """What it takes to read T tokens of which only the last one's logits are wanted; a multiply-add is 2.
 
     The prefix, all but the last `last` tokens, goes through the layers below the last memory layer, where it needs keys
-    and values only. The others go through all layers. Attention inside a window is causal: half of the square.
+    and values only. The others go through all layers, of which the last is counted whole. Attention inside a window is
+    causal: half of the square.
     """
     C, layers, mem, below = config.hidden_size, config.num_hidden_layers, len(config.mem_layers), max(config.mem_layers)
     window, prefix, last = config.max_position_embeddings, max(T - last, 0), min(T, last)

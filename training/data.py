@@ -17,10 +17,11 @@ from tokenizer import Tokenizer
 STYLES = ("text", "grass", "mixed")  # of filler
 KEYED, OTHERS = ("dense", "passkey"), ("text", "filler")  # kinds of document: with a pass key in them, and without
 HELD_OUT = 16  # every so many-th document is kept for validation
+BOOK = "moby_dick_091.txt"  # tiny/book.txt, which is kept too, whatever other documents there are
 
 
-def held_out(files: list) -> list:
-    return files[HELD_OUT // 2 :: HELD_OUT]
+def held_out(files: list[Path]) -> list[Path]:
+    return [file for i, file in enumerate(files) if i % HELD_OUT == HELD_OUT // 2 or file.name == BOOK]
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -47,10 +48,10 @@ class Corpus:
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         files = text_files(folder)
         kept = set(held_out(files))
-        self.documents = [encode(tokenizer, path) for path in files if path not in kept]
+        self.documents = [encode(tokenizer, path, eos=True) for path in files if path not in kept]
         self.weights = np.array([len(document) for document in self.documents], dtype=np.float64)
         self.weights /= self.weights.sum()
-        self.boundary = np.array([tokenizer.eos_id, tokenizer.bos_id])
+        self.bos = np.array([tokenizer.bos_id])
         self.tokenizer = tokenizer
         self.intro, self.grass, self.question = (
             np.array(tokenizer.encode(t, bos=False)) for t in (INTRO, GRASS, QUESTION)
@@ -58,13 +59,12 @@ class Corpus:
         self.full_stop = np.array(tokenizer.encode("1.", bos=False)[-1:])
 
     def text(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """n tokens of text from a random place on; where a document ends, `</s><s>` and another one follow."""
+        """n tokens of text from a random place on; where a document ends, `</s>` and another one, from its `<s>` on, follow."""
         parts, length = [], 0
         while length < n or not parts:
             document = self.documents[rng.choice(len(self.documents), p=self.weights)]
-            part = document if parts else document[rng.integers(max(len(document) - n, 1)) :]
-            parts += [part, self.boundary]
-            length += len(part) + len(self.boundary)
+            parts.append(document if parts else document[rng.integers(max(len(document) - n + 1, 1)) :])
+            length += len(parts[-1])
         return np.concatenate(parts)[:n]
 
     def filler(self, rng: np.random.Generator, n: int, style: str) -> np.ndarray:
@@ -111,7 +111,7 @@ class Corpus:
         statement = np.array(self.tokenizer.encode(stated, bos=False))
         answer = np.array(self.tokenizer.encode(key, bos=False))
         asked = np.concatenate((self.question, answer, self.full_stop))
-        start = [self.boundary[1:], self.intro if rng.random() < 0.5 else self.intro[:0]]
+        start = [self.bos, self.intro if rng.random() < 0.5 else self.intro[:0]]
         if dense:
             places, place = [], int(rng.integers(0, window // 4))
             while place < n:
@@ -170,5 +170,8 @@ class Corpus:
         return Batch(tokens[:, :-1].reshape(entries), tokens[:, 1:].reshape(entries), answers[:, 1:].reshape(entries))
 
 
-def encode(tokenizer: Tokenizer, path: Path) -> np.ndarray:
-    return np.array(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=np.int32)
+def encode(tokenizer: Tokenizer, path: Path, eos: bool = False) -> np.ndarray:
+    try:
+        return np.array(tokenizer.encode(path.read_text(encoding="utf-8"), eos=eos), dtype=np.int32)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None

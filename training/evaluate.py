@@ -35,7 +35,7 @@ def perplexity(
         for w in range(most, (len(document) - 1) // window, stride)
     ]
     if not pieces:
-        raise ValueError(f"no held-out document is longer than {most} windows of {window} tokens")
+        raise ValueError(f"no document is longer than {most} windows of {window} tokens")
     loss = 0.0
     for batch in torch.stack(pieces).to(device).split(BATCH):
         logits, _ = model(batch[:, :-1], last_context_length=window, logits_to_keep=window)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,26 @@ def test_a_converted_checkpoint_is_tuned_from_its_own_weights(whole, recipe, fol
     assert all(torch.allclose(x, tuned[name], atol=1e-6) for name, x in load_file(whole / "model.safetensors").items())
 
 
+def test_tuning_takes_the_tokenizer_beside_the_weights_and_goes_on_with_the_same(whole, recipe, folder, tmp_path):
+    init, tuned, tune = tmp_path / "init", tmp_path / "tuned", tmp_path / "tune.json"
+    shutil.copytree(whole, init)
+    train_tokenizer(folder, init / "tokenizer.model", 600)
+    raw = json.loads(recipe.read_text())
+    tune.write_text(json.dumps(raw | {"model": {"mem_layers": [0]}, "phases": [raw["phases"][1] | {"steps": 2}]}))
+    done, _ = train(tune, folder, tuned, "--init", init, "--stop-after", 1)
+    assert done.returncode == 0, done.stderr
+    own = init / "tokenizer.model"
+    assert (tuned / "tokenizer.model").read_bytes() == own.read_bytes()
+    for flags, named in ((), "--tokenizer"), (("--tokenizer", own, "--contrast", "none"), "--contrast"):
+        done, _ = train(tune, folder, tuned, "--resume", *flags)
+        assert done.returncode == 2 and f"made with another {named}" in done.stderr
+    done, _ = train(tune, folder, tuned, "--resume", "--tokenizer", own)  # the weights are in the checkpoint
+    assert done.returncode == 0 and [x["step"] for x in losses(tuned)] == [1, 2]
+    tune.write_text(json.dumps(raw | {"model": {"mem_layers": [0]}, "phases": [raw["phases"][1] | {"steps": 1}]}))
+    done, _ = train(tune, folder, tuned, "--resume", "--tokenizer", own)
+    assert done.returncode == 2 and "another recipe" in done.stderr
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -151,7 +172,9 @@ def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_
     "changes, named",
     [
         ({"steps": "x"}, "steps"), ({"packing": 0}, "packing"), ({"learning_rate": -1}, "learning_rate"), ({"cut": 2}, "cut"),
-        ({"ranges": []}, "ranges"), ({"mix": {"text": 1}}, "mix"), ({"mix": {"prose": [1, 1]}}, "mix"), ({"stepz": 1}, "stepz"),
+        ({"ranges": []}, "ranges"), ({"mix": {"text": 1}}, "mix"), ({"mix": {"prose": [1, 1]}}, "mix"),
+        ({"mix": {"text": [0, 1]}}, "mix"), ({"ranges": [3], "mix": {"dense": [1, 0], "text": [0, 1]}}, "mix"),
+        ({"stepz": 1}, "stepz"),
         ({"phases": []}, "phases"), ({"seed": "a"}, "seed"), ({"weight_decay": None}, "weight_decay"), ({"model": []}, "model"),
         ({"model": {"vocab_sizee": 1}}, "vocab_sizee"),
         ({"model": {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1}}, "the tokenizer has 2048 ids"),
@@ -189,7 +212,8 @@ def test_short_documents_are_joined_and_never_padded(corpus):
     batch = corpus.batch((0, 0, 0), 8, 256, {"text": 1.0}, [0] * 64)  # slots of 2048 tokens, documents of about 1000
     for ids in batch.inputs.reshape(8, -1).tolist():
         assert tokenizer.eos_id in ids and 0 not in ids
-        assert all(ids[i + 1] == tokenizer.bos_id for i, x in enumerate(ids[:-1]) if x == tokenizer.eos_id)
+        ends = [i for i, x in enumerate(ids[:-2]) if x == tokenizer.eos_id]
+        assert all(ids[i + 1] == tokenizer.bos_id != ids[i + 2] for i in ends)
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -224,7 +248,9 @@ def test_validation_documents_are_never_trained_on(folder, corpus):
     files = text_files(folder)
     kept = [corpus.tokenizer.encode(path.read_text(encoding="utf-8")) for path in held_out(files)]
     assert len(kept) + len(corpus.documents) == len(files)
-    assert all(list(document) not in kept for document in corpus.documents)
+    assert all(document[-1] == corpus.tokenizer.eos_id for document in corpus.documents)
+    assert all(list(document[:-1]) not in kept for document in corpus.documents)
+    assert held_out([Path("moby_dick_091.txt"), Path("other.txt")]) == [Path("moby_dick_091.txt")]  # tiny/book.txt
 
 
 def test_contrast_decides_which_entries_are_seen():

@@ -16,7 +16,8 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -69,8 +70,7 @@ class Phase:
         for name in ("steps", "window", "documents", "packing", "groups"):
             value = getattr(self, name)
             require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
-        require(is_number(self.learning_rate), f"learning_rate must be at least 0, not {self.learning_rate!r}")
-        for name in ("cut", "repeated", "single"):
+        for name in ("learning_rate", "cut", "repeated", "single"):
             require(is_number(getattr(self, name), 1), f"{name} must be 0 to 1, not {getattr(self, name)!r}")
         ranges, mix, kinds = self.ranges, self.mix, (*KEYED, *OTHERS)
         fits = ranges is None or (isinstance(ranges, list) and ranges and all(n == 0 or is_count(n) for n in ranges))
@@ -80,6 +80,9 @@ class Phase:
             isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in mix.values()
         )
         require(fits, f"mix must give some of {', '.join(kinds)} two weights each, [start, end], not {mix!r}")
+        free = kinds if ranges is None else OTHERS  # the first document of a batch may be of these, see `Corpus.batch`
+        drawn = all(sum(mix[kind][end] for kind in free if kind in mix) > 0 for end in (0, 1))
+        require(drawn, f"mix must give weight to {' or '.join(free)}, at the start and at the end, not {mix!r}")
 
     @property
     def step_tokens(self) -> int:
@@ -103,7 +106,8 @@ class Recipe:
             self.answer_weight, self.model = self.raw["answer_weight"], self.raw["model"]
             self.phases = [Phase(**phase) for phase in self.raw["phases"]]
             require(bool(self.phases), "it has no phases")
-            require(self.seed == 0 or is_count(self.seed), f"seed must be a whole number, not {self.seed!r}")
+            fits = self.seed == 0 or (is_count(self.seed) and self.seed < 2**63)
+            require(fits, f"seed must be a whole number of at most 63 bits, not {self.seed!r}")
             for name in ("weight_decay", "answer_weight"):
                 require(is_number(self.raw[name]), f"{name} must be at least 0, not {self.raw[name]!r}")
             names = {field.name for field in fields(LongLlamaConfig)}
@@ -126,7 +130,7 @@ class Recipe:
         """Whether a run of another recipe was, up to this step, a run of this one. So phases can be added to a finished run."""
         begun = sum(1 for i, _ in enumerate(self.phases) if sum(phase.steps for phase in self.phases[:i]) < step)
         rest = [{k: v for k, v in raw.items() if k != "phases"} for raw in (self.raw, other)]
-        return rest[0] == rest[1] and self.raw["phases"][:begun] == other["phases"][:begun]
+        return rest[0] == rest[1] and self.raw["phases"][:begun] == other["phases"][:begun] and step <= self.steps
 
     def tokens_after(self, step: int) -> int:
         return sum(self.at(s)[0].step_tokens for s in range(step, self.steps))
@@ -165,8 +169,16 @@ class Trainer:
         for phase in self.recipe.phases:
             if phase.groups % self.world:
                 raise ValueError(f"groups {phase.groups} must be a multiple of the {self.world} processes")
+        self.checkpoint, self.log = args.output / "checkpoint.pt", args.output / "losses.jsonl"
+        if self.checkpoint.exists() and not args.resume:
+            raise FileExistsError(f"{args.output} has a run in it: add --resume to go on, or name another --output")
         self.corpus = Corpus(args.data, Tokenizer(args.tokenizer))
-        self.model = self._model()
+        self.made_with = {  # besides recipe and data; a run is resumed with the same
+            "--tokenizer": sha256(args.tokenizer.read_bytes()).hexdigest(),
+            "--contrast": args.contrast,
+        }
+        state = self.read_checkpoint() if args.resume else None
+        self.model = self._model(state)
         check_vocabulary(args.tokenizer, self.corpus.tokenizer, self.model)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
@@ -175,15 +187,14 @@ class Trainer:
             betas=(0.9, 0.95),
         )
         self.step, self.losses = 0, []
-        self.checkpoint, self.log = args.output / "checkpoint.pt", args.output / "losses.jsonl"
-        if args.resume:
-            self.load_checkpoint()
-        elif self.checkpoint.exists():
-            raise FileExistsError(f"{args.output} has a run in it: add --resume to go on, or name another --output")
+        if state:
+            self.go_on_from(state)
 
-    def _model(self) -> LongLlama:
+    def _model(self, state: dict | None) -> LongLlama:
         torch.manual_seed(self.recipe.seed)
-        if self.args.init:
+        if state:
+            model = LongLlama(LongLlamaConfig(**state["config"]))
+        elif self.args.init:
             model = LongLlama.from_pretrained(self.args.init, **self.recipe.model).train()
         else:
             model = LongLlama(LongLlamaConfig(**self.recipe.model))
@@ -252,21 +263,29 @@ class Trainer:
     def save_checkpoint(self):
         model, optimizer = self._state(full=True)
         if self.rank == 0:
-            state = {"step": self.step, "recipe": json.dumps(self.recipe.raw), "model": model, "optimizer": optimizer}
+            state = {"step": self.step, "recipe": json.dumps(self.recipe.raw), "made_with": self.made_with}
+            state |= {"config": asdict(self.model.config), "model": model, "optimizer": optimizer}
+            # The log first: steps in it that no checkpoint has are left out when the run is resumed.
+            self.log.write_text("".join(json.dumps(line) + "\n" for line in self.losses), encoding="utf-8")
             temporary = self.args.output / "checkpoint.part"
             torch.save(state, temporary)
             temporary.replace(self.checkpoint)
-            self.log.write_text("".join(json.dumps(line) + "\n" for line in self.losses), encoding="utf-8")
 
-    def load_checkpoint(self):
+    def read_checkpoint(self) -> dict:
         if not self.checkpoint.is_file():
             raise FileNotFoundError(f"{self.checkpoint} is missing: there is nothing to resume")
-        state, parts = load_pickled(self.checkpoint), {"step", "recipe", "model", "optimizer"}
-        require(
-            isinstance(state, dict) and parts <= set(state), f"{self.checkpoint} is not a checkpoint of a training run"
-        )
-        if not self.recipe.continues(json.loads(state["recipe"]), state["step"]):
-            raise ValueError(f"{self.checkpoint} was made with another recipe than {self.args.recipe}")
+        state, parts = load_pickled(self.checkpoint), {"step", "recipe", "made_with", "config", "model", "optimizer"}
+        fits = isinstance(state, dict) and parts <= set(state)
+        require(fits, f"{self.checkpoint} is not a checkpoint of a training run")
+        fits = self.recipe.continues(json.loads(state["recipe"]), state["step"])
+        require(fits, f"{self.checkpoint} was made with another recipe than {self.args.recipe}")
+        for flag, value in self.made_with.items():
+            require(
+                state["made_with"].get(flag) == value, f"{self.checkpoint} was made with another {flag}: give the same"
+            )
+        return state
+
+    def go_on_from(self, state: dict):
         set_state_dict(
             self.model,
             self.optimizer,
@@ -285,7 +304,9 @@ class Trainer:
             model = LongLlama(self.model.config)
             model.load_state_dict(weights)
             save_pretrained(model.to(torch.bfloat16), self.args.output)
-            shutil.copyfile(self.args.tokenizer, self.args.output / "tokenizer.model")
+            kept = self.args.output / "tokenizer.model"
+            if not (kept.exists() and kept.samefile(self.args.tokenizer)):
+                shutil.copyfile(self.args.tokenizer, kept)
             print(f"wrote {self.args.output}")
 
 
@@ -298,7 +319,7 @@ def main():
     parser.add_argument("--data", type=Path, default=here / "data", help="folder of .txt files, one document each")
     parser.add_argument("--output", type=Path, default=here / "runs" / "tiny", help="folder for checkpoint and model")
     parser.add_argument(
-        "--tokenizer", type=Path, default=here.parent / "tiny" / "tokenizer.model", help="default: the tiny model's"
+        "--tokenizer", type=Path, help="default: the one in the folder of --init, or else the tiny model's"
     )
     parser.add_argument("--init", type=Path, help="start from the weights in this folder instead of random ones")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
@@ -312,6 +333,7 @@ def main():
                         help="for ablations: which contexts besides its own an entry sees")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
     args = parser.parse_args()
+    args.tokenizer = args.tokenizer or (args.init or here.parent / "tiny") / "tokenizer.model"
     with ending_well(parser):
         try:
             Trainer(args).run()
