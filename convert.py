@@ -166,7 +166,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     weights = {name: weight for name, weight in weights.items() if name in wanted}
     saved = dtype or next(iter(weights.values()))[1]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as name:
+    beside = target if target.exists() else target.parent  # on the same disk, which may be mounted at target
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=beside) as name:
         made = Path(name)
         write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
         write_config(made / "config.json", config, saved, to_hf)
@@ -178,6 +179,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
         for file in ("tokenizer.model", "model.safetensors", "config.json"):  # the last makes the folder a model
             if (made / file).is_file():
                 os.replace(made / file, target / file)
+            else:
+                (target / file).unlink(missing_ok=True)  # with --force: another model's
 
 
 # ------------------------------------------------------------------------------------------------- How programs end

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -1052,6 +1053,21 @@ def test_conversion_refuses_a_folder_in_use_unless_forced(tmp_path, capsys):
     assert "--force" in one_line(capsys)
     assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours", "--force") == 0
     assert (tmp_path / "ours" / "diary.txt").read_text() == "dear diary"
+    tokenizer = tmp_path / "ours" / "tokenizer.model"
+    tokenizer.write_bytes((TINY / "tokenizer.model").read_bytes())  # of another model: this one came without
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours", "--force") == 0
+    assert not tokenizer.exists()
+
+
+def test_conversion_writes_on_the_disk_that_its_output_is_on(tmp_path, monkeypatch):
+    """An existing folder may be a disk of its own, onto which no file can be moved from beside it."""
+    hf_llama(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    replace, moved = os.replace, []
+    monkeypatch.setattr(convert.os, "replace", lambda a, b: (moved.append((Path(a), Path(b))), replace(a, b)))
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 0
+    assert moved and all(source.is_relative_to(tmp_path / "ours") for source, _ in moved)
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def one_line(capsys) -> str:
@@ -1311,7 +1327,8 @@ def test_mistakes_in_flags_get_one_line_and_status_2(flags, capsys, tmp_path, mo
         ("weights_cut", "cut short"),
         ("weights_missing", "model.safetensors"), ("weights_misshapen", "differ"),
         ("tokenizer_missing", "tokenizer.model"),
-        ("tokenizer_broken", "tokenizer.model"), ("tokenizer_too_large", "tokenizer has"), ("shard_outside", "outside"),
+        ("tokenizer_broken", "tokenizer.model"), ("tokenizer_no_bos", "no <s>"),
+        ("tokenizer_too_large", "tokenizer has"), ("shard_outside", "outside"),
     ],
 )  # fmt: skip
 def test_broken_models_get_one_line_and_status_2(damage, named, capsys, tmp_path):
@@ -1336,6 +1353,11 @@ def test_broken_models_get_one_line_and_status_2(damage, named, capsys, tmp_path
         (tmp_path / "tokenizer.model").unlink()
     elif damage == "tokenizer_broken":
         (tmp_path / "tokenizer.model").write_bytes(b"no tokenizer")
+    elif damage == "tokenizer_no_bos":
+        with (tmp_path / "tokenizer.model").open("wb") as file:
+            SentencePieceTrainer.train(
+                sentence_iterator=iter(["the sea"] * 9), model_writer=file, vocab_size=9, bos_id=-1, minloglevel=1
+            )
     elif damage == "tokenizer_too_large":
         config.write_text(json.dumps(raw | {"vocab_size": 1000}))
         tensors = load_file(weights)
@@ -1474,6 +1496,22 @@ def test_compiled_layers_give_the_same_text(capsys):
 
 
 # -------------------------------------------------------------------------------------------------------- Tiny model
+
+
+def test_the_pass_key_table_has_a_row_for_each_model_and_is_printed_where_one_fails(tmp_path, capsys):
+    from examples import passkey
+
+    other, plain = tmp_path / "tiny", tmp_path / "plain"
+    for folder, changes in ((other, {}), (plain, {"mem_layers": []})):
+        shutil.copytree(TINY, folder)
+        config = json.loads((TINY / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--lengths", "512,512", "--trials", "2", "--filler", "grass", "--model"]
+    assert run_main(passkey.main, *flags, TINY, other, TINY, plain) == 2
+    out, err = capsys.readouterr()
+    rows = [line for line in out.splitlines() if "grass" in line]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {TINY}", f"| {other}"]
+    assert all(row.endswith("(2) |") for row in rows) and "exceed the window" in err
 
 
 def test_tiny_finds_a_pass_key_hundreds_of_windows_back(tiny, capsys):

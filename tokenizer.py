@@ -27,6 +27,8 @@ class Tokenizer:
         except RuntimeError:
             raise ValueError(f"{path} is not a SentencePiece model: get it again") from None
         self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path} has no <s> or no </s>: it is no tokenizer of a LLaMA")
         # What decoding drops where a text starts: no space, the one that encoding put there, or the space of piece after piece.
         letter, space = self.sp.piece_to_id("a"), self.sp.piece_to_id(SPACE)
         self.drops_leading_space = self.sp.decode([space, letter]) == "a"

@@ -10,6 +10,7 @@ exit status is 1 if a line failed.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -95,7 +96,7 @@ class Conversation:
         a saved memory, which may be of a conversation and have it."""
         past, opening = Past(Cache(self.model.config), (self.tokenizer.bos_id,)), self.encode(self.style.opening)
         if memory:
-            past, opening = Past(load_memory(memory, self.model)), []
+            past, opening = self.load(memory), []
         if document:
             past = self.read(past, self.encode(document), show_progress)
         self.past = self.start = Past(past.cache, (*past.unread, *opening))
@@ -150,8 +151,14 @@ class Conversation:
 
     def save(self, path: Path):
         check_new_file("/save", path)
-        self.past = self.read(self.past, [])  # a saved memory has no unread ids
+        self.past = self.read(self.past, [])  # a saved memory has no unread ids; and both go on the same
         save_memory(path, self.past.cache, self.model)
+
+    def load(self, path: Path) -> Past:
+        cache = load_memory(path, self.model)
+        if cache.batch_size not in (None, 1):
+            raise ValueError(f"{path} is a memory of {cache.batch_size} texts, and a conversation is one")
+        return Past(cache)
 
     def memory(self) -> str:
         cache, window = self.past.cache, self.model.config.max_position_embeddings
@@ -163,14 +170,14 @@ class Conversation:
     def command(self, line: str) -> str:
         """Does what a line such as "/save FILE" says, and returns what to tell the user. Raises OSError or ValueError."""
         name, _, argument = line.strip().partition(" ")
-        file = Path(argument.strip()).expanduser()
+        file = Path(os.path.expanduser(argument.strip()))  # unlike Path's own, it leaves an unknown ~name as it is
         if name in ("/save", "/load") and not argument:
             raise ValueError(f"{name} needs the name of a file")
         if name == "/save":
             self.save(file)
             return f"saved to {file}"
         if name == "/load":
-            self.past = Past(load_memory(file, self.model))
+            self.past = self.load(file)
         elif name == "/reset":
             self.past = self.start
         elif name == "/help":
@@ -185,8 +192,9 @@ def lines() -> Iterator[str]:
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none, and its terminal edits lines itself
             import readline  # noqa: F401  (input uses it)
+        sys.stdin.reconfigure(errors="replace")  # a slip of the keyboard ends no conversation
     else:
-        sys.stdin.reconfigure(encoding="utf-8")
+        sys.stdin.reconfigure(encoding="utf-8-sig", newline=None)  # files of Windows too
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:
@@ -263,6 +271,8 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def run(args: argparse.Namespace) -> bool:
     config = ("last_context_length", "keep_local", "mem_dtype", "mem_device", "mem_topk")
     sampling = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    if sys.stdin is None:
+        raise ValueError("standard input is closed, and there the questions come from")
     try:
         document = args.read and args.read.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -280,7 +280,7 @@ def lines(view: dict, colour: bool) -> Iterator[str]:
 
 def marked(tokens: list[list], colour: bool) -> str:
     """A passage with its heavy tokens [in brackets], or on a terminal highlighted."""
-    least = max(w for _, w in tokens) / 10
+    least = max(max(w for _, w in tokens) / 10, 1e-9)  # weights come rounded, and none that is 0 is heavy
     start, stop = ("\033[7m", "\033[0m") if colour else ("[", "]")
     line, inside = "", False
     for piece, w in tokens:

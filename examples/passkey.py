@@ -193,22 +193,27 @@ def main():
             if args.picture.suffix not in (".png", ".svg", ".pdf"):
                 raise ValueError(f"--picture {args.picture}: name a .png, .svg or .pdf file")
         text = " ".join(path.read_text(encoding="utf-8") for path in args.text)
-        trials = []
-        for folder in args.model:
-            model, tokenizer = load(folder, pick_device(args.device), args.dtype)
-            fillers = {"text": tokenizer.encode(text, bos=False), "grass": tokenizer.encode(GRASS, bos=False)}
-            if args.filler != "both":
-                fillers = {args.filler: fillers[args.filler]}
-            for length in args.lengths:
-                started = time.perf_counter()
-                new = measure(model, tokenizer, folder.resolve().name, fillers, length, args.trials, args.seed)
-                trials += new
-                seconds = (time.perf_counter() - started) / len(new)
-                print(
-                    f"{folder.name} {short(length)}: {100 * share(new):.0f}% of {len(new)}, {seconds:.2f} s each",
-                    file=sys.stderr,
-                )
-        print(table(trials))
+        trials, folders = [], {path.resolve(): path for path in args.model}
+        names = [folder.name for folder in folders]
+        try:
+            for folder, path in folders.items():
+                name = folder.name if names.count(folder.name) == 1 else str(path)
+                model, tokenizer = load(folder, pick_device(args.device), args.dtype)
+                fillers = {"text": tokenizer.encode(text, bos=False), "grass": tokenizer.encode(GRASS, bos=False)}
+                if args.filler != "both":
+                    fillers = {args.filler: fillers[args.filler]}
+                for length in dict.fromkeys(args.lengths):
+                    started = time.perf_counter()
+                    new = measure(model, tokenizer, name, fillers, length, args.trials, args.seed)
+                    trials += new
+                    seconds = (time.perf_counter() - started) / len(new)
+                    print(
+                        f"{name} {short(length)}: {100 * share(new):.0f}% of {len(new)}, {seconds:.2f} s each",
+                        file=sys.stderr,
+                    )
+        finally:  # what was measured is told, also where one model cannot read so much
+            if trials:
+                print(table(trials))
         if args.table:
             args.table.write_text(table(trials) + "\n", encoding="utf-8")
         if args.picture:

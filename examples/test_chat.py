@@ -3,6 +3,7 @@
 Truth is the same ids fed to the model by hand, segment by segment.
 """
 
+import io
 import os
 import select
 import subprocess
@@ -14,10 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from chat import FORMATS, Conversation, Format, converse
+from chat import FORMATS, Conversation, Format, converse, lines
 
 import longllama
-from generate import TINY, load
+from generate import TINY, load, save_memory
 from longllama import LongLlama
 from tokenizer import Tokenizer
 
@@ -234,6 +235,8 @@ def test_a_saved_conversation_goes_on_elsewhere(tiny, tmp_path, settings):
 def test_failing_commands_take_a_line_each_and_change_nothing(tiny, capsys, tmp_path):
     wrong = tmp_path / "wrong"
     wrong.write_text("no memory")
+    two = tmp_path / "two"
+    save_memory(two, tiny[0](torch.ones(2, 9, dtype=torch.long))[1], tiny[0])
     bad = [
         "/nosuch",
         "/",
@@ -243,6 +246,8 @@ def test_failing_commands_take_a_line_each_and_change_nothing(tiny, capsys, tmp_
         f"/save {tmp_path}/no/file",
         f"/load {wrong}",
         "/load nosuch",
+        "/save ~nosuchuser/file",
+        f"/load {two}",
     ]
     chat = conversation(tiny)
     past = chat.past
@@ -280,6 +285,9 @@ def test_as_a_filter_it_prints_answers_alone(tmp_path):
     assert done.returncode == 1 and done.stderr.count(b"\n") == 3  # two lines of sizes, and a command that is none
     done = chat_process(question, "--load-memory", str(saved), "--temperature", "0", "--max-new-tokens", "6")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"71428\n", b"")
+    of_windows = b"\xef\xbb\xbf/memory\r\n" + question.encode() + b"\r\n"
+    done = chat_process(of_windows, "--load-memory", str(saved), "--temperature", "0", "--max-new-tokens", "6")
+    assert (done.returncode, done.stdout) == (0, b"71428\n") and done.stderr.startswith(b"memory ")
 
 
 @pytest.mark.parametrize(
@@ -305,6 +313,15 @@ def test_mistakes_in_flags_are_one_line_and_exit_status_2(monkeypatch, capsys, f
         chat.main()
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("chat.py: error: ")
+
+
+def test_a_byte_that_is_no_text_ends_no_conversation_on_a_terminal(monkeypatch):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(b"caf\xe9\nsea\n"), encoding="utf-8"))
+    assert list(lines()) == ["caf\ufffd", "sea"]
 
 
 def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends():

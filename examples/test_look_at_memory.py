@@ -352,6 +352,7 @@ def test_a_text_that_never_reaches_memory_is_refused_beforehand(T, new, used):
 def test_brackets_stand_around_heavy_words_and_not_their_spaces():
     tokens = [["The", 0.0], [" pass", 0.5], [" key", 0.4], [" is", 0.01], [" 7", 0.2]]
     assert look.marked(tokens, colour=False) == "The [pass key] is [7]"
+    assert look.marked([["The", 0.0], [" key", 0.0]], colour=False) == "The key"  # rounded to nothing
     assert look.marked(tokens, colour=True) == "The \033[7mpass key\033[0m is \033[7m7\033[0m"
 
 
