@@ -166,8 +166,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     weights = {name: weight for name, weight in weights.items() if name in wanted}
     saved = dtype or next(iter(weights.values()))[1]
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target if target.exists() else target.parent  # on the same disk, which may be mounted at target
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=beside) as name:
+    disk = target if target.exists() else target.parent  # an existing target may be a mount point
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=disk) as name:
         made = Path(name)
         write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
         write_config(made / "config.json", config, saved, to_hf)
@@ -180,7 +180,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
             if (made / file).is_file():
                 os.replace(made / file, target / file)
             else:
-                (target / file).unlink(missing_ok=True)  # with --force: another model's
+                (target / file).unlink(missing_ok=True)  # with --force: a tokenizer of what was there before
 
 
 # ------------------------------------------------------------------------------------------------- How programs end

@@ -183,6 +183,7 @@ def load(folder: Path, device: torch.device, dtype: str = "auto", **overrides) -
 
 
 def check_vocabulary(where: Path, tokenizer: Tokenizer, model: LongLlama):
+    """Raises ValueError where the tokenizer, from `where`, has ids that the model has not."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: "

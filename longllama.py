@@ -370,9 +370,9 @@ class Memory:
     """The unrotated keys and the values of everything before the local context, for one memory layer.
 
     They are kept in mem_dtype in blocks, (B, G, tokens, D) each, whose tokens never change, so that forks can share them. New
-    tokens lengthen the last block while it has room. If not, they begin another, with room for as many tokens again. It draws in
-    the blocks before it, one by one, while that is at most four times as large as itself by then, up to BLOCK: so few tokens are
-    moved, and few blocks remain.
+    tokens lengthen the last block while it has room. If not, they begin another, with room for as many tokens again. It takes in
+    the blocks before it, newest first, as long as the next one is at most four times its own size, up to BLOCK: so few tokens
+    are moved, and few blocks remain.
 
         after 6 windows   [. . . . . .]       after 8   [. . . . . .] [. .]       after 9   [. . . . . . . . . _ _ _ _ _ _ _ _ _]
     """
@@ -460,7 +460,7 @@ class LocalCache:
         k, v = self.append([k, v] if self.memory is None else [k, v, unrotated])
         T, S = q.shape[2], self.length
         sets = [k, v] if real is None else [k, v, real[:, :, -S:]]
-        if T == 1 or T == S:  # one token sees all that is there; and nothing was there before T of S
+        if T == 1 or T == S:  # one token sees everything; if T == S, nothing was there before
             attended = attend(q, *sets, causal=T == S)
         else:  # to what was there before, and causally to the new tokens themselves
             old, new = zip(*(x.split((S - T, T), dim=2) for x in sets))
@@ -740,7 +740,7 @@ class LongLlama(nn.Module):
         attention_mask: (B, T), for the new tokens only; 0 is padding, on the left. last_context_length: instead of the
         config's. logits_to_keep: n > 0 gives the logits of the last n positions only, (B, n, V), and saves all work that
         only the others need. Logits at padding are undefined. Raises ValueError where shapes or lengths do not fit. After any
-        other exception, as of Ctrl-C, the cache is of no use: go on from a fork.
+        other exception, Ctrl-C included, the cache is of no use: go on from a fork.
         """
         (B, T), window = input_ids.shape, self.config.max_position_embeddings
         cache = Cache(self.config) if cache is None else cache

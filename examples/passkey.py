@@ -198,7 +198,7 @@ def main():
         try:
             for folder, path in folders.items():
                 name = folder.name if names.count(folder.name) == 1 else str(path)
-                model, tokenizer = load(folder, pick_device(args.device), args.dtype)
+                model, tokenizer = load(path, pick_device(args.device), args.dtype)
                 fillers = {"text": tokenizer.encode(text, bos=False), "grass": tokenizer.encode(GRASS, bos=False)}
                 if args.filler != "both":
                     fillers = {args.filler: fillers[args.filler]}

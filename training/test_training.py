@@ -216,6 +216,12 @@ def test_short_documents_are_joined_and_never_padded(corpus):
         assert all(ids[i + 1] == tokenizer.bos_id != ids[i + 2] for i in ends)
 
 
+def test_a_slot_may_end_where_a_long_document_does(corpus):
+    n = min(len(document) for document in corpus.documents if len(document) > 500) - 3
+    lasts = [corpus.text(np.random.default_rng(seed), n)[-1] for seed in range(2000)]
+    assert corpus.tokenizer.eos_id in lasts
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_answers_mark_the_digits_of_the_key_stated_before(dense, corpus):
     for seed in range(30):
