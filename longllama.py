@@ -135,23 +135,26 @@ class LongLlamaConfig:
 # ------------------------------------------------------------------------------------------- Linear, norm and RoPE
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_table`
-PARTS = 16  # a weight is read as so many blocks of rows, which the cores share
+# On x86, torch multiplies float32 with MKL, which is Intel's own, and falls behind other ways on AMD's processors.
+MKL_IS_SLOW = torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
+PARTS = 16  # there, a weight is read as so many blocks of rows, which the cores share
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in), weight (out, in) -> (..., out). On a CPU torch takes MKL for float32 and oneDNN for bfloat16. For one token,
-    both read the weight slower than the memory allows; and for many, MKL multiplies slower than oneDNN would."""
+    """x (..., in), weight (out, in) -> (..., out): as torch computes it, but for three cases on a CPU where another of its ways
+    is faster. All three give the same product, up to rounding."""
     rows, size = weight.shape
-    one, on_cpu = x.numel() == size, x.device.type == "cpu"
-    if on_cpu and one and x.dtype == torch.float32 and rows % PARTS == 0:  # the same weight as a batch is read at full speed
+    one, onednn = x.numel() == size, torch.backends.mkldnn
+    if x.device.type != "cpu":
+        return F.linear(x, weight)
+    if MKL_IS_SLOW and x.dtype == torch.float32 and one and rows % PARTS == 0:  # a batch of weights is read at full speed
         column = x.reshape(1, 1, size).expand(PARTS, 1, size).mT
         return (weight.view(PARTS, -1, size) @ column).view(*x.shape[:-1], rows)
-    onednn = torch.backends.mkldnn
-    if on_cpu and not torch.compiler.is_compiling() and onednn.is_available() and onednn.enabled:
-        if x.dtype == torch.float32 and not torch.is_grad_enabled():  # oneDNN's own operator, which has no gradient
+    if not torch.compiler.is_compiling() and onednn.is_available() and onednn.enabled:
+        if MKL_IS_SLOW and x.dtype == torch.float32 and not torch.is_grad_enabled():  # oneDNN's operator has no gradient
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        if x.dtype == torch.bfloat16 and one:
-            onednn.enabled = False  # torch's own product remains
+        if x.dtype == torch.bfloat16 and one:  # oneDNN, which torch takes for bfloat16, reads a weight slower than torch's own
+            onednn.enabled = False
             try:
                 return F.linear(x, weight)
             finally:
@@ -198,8 +201,8 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 Attended = tuple[Tensor, Tensor]
 ROWS = 128  # rows of scores that the plain formula holds at once for each key head, at most
 SCORES = 1 << 27  # scores that it holds at once, at most
-FEW_ROWS = 16  # up to so many queries, reading the keys is the work; on a CPU the plain formula reads them fastest
-CAST = 1 << 21  # numbers cast at once: few enough to be still in the processor's cache when they are used
+FEW_ROWS = 16  # up to so many queries, reading the keys is the work
+CAST = 1 << 19  # numbers that a CPU casts at once: few enough to be still in its cache when they are used
 GATHERED = 1 << 24  # numbers of the best values that are gathered at once
 
 
@@ -218,13 +221,13 @@ def store(parts: tuple[Tensor, ...], capacity: int, dtype: torch.dtype, device: 
 
 
 def cast_pieces(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """x (B, G, S, D) in dtype, in pieces of some tokens. A piece is good until the next one is asked for."""
-    if x.dtype == dtype or torch.is_grad_enabled():  # autograd keeps every piece, and `room` is overwritten
+    """x (B, G, S, D) in dtype, on a CPU in pieces of some tokens. A piece is good until the next one is asked for."""
+    if x.dtype == dtype or x.device.type != "cpu" or torch.is_grad_enabled():  # autograd keeps all pieces, `room` holds one
         yield x.to(dtype)
         return
     parts = x.split(max(CAST * x.shape[2] // x.numel(), 1), dim=2)
     room = torch.empty_like(parts[0], dtype=dtype)
-    copy_into = copy_float8 if x.dtype == torch.float8_e4m3fn and x.device.type == "cpu" else Tensor.copy_
+    copy_into = copy_float8 if x.dtype == torch.float8_e4m3fn else Tensor.copy_
     yield from (copy_into(room[:, :, : part.shape[2]], part) for part in parts)
 
 
@@ -250,7 +253,7 @@ def padding_bias(real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Folded queries q (B, G, R, D), k (B, G, S, D) -> float32 (B, G, R, S)."""
-    if k.dtype == q.dtype and q.shape[2] <= FEW_ROWS:  # keys times queries: a CPU reads them faster so from main memory
+    if MKL_IS_SLOW and k.dtype == q.dtype and q.shape[2] <= FEW_ROWS:  # keys times queries: they are read faster so
         scores = (k @ q.mT).mT.contiguous()
     else:
         scores = torch.cat([q @ piece.mT for piece in cast_pieces(k, q.dtype)], dim=3)
@@ -287,7 +290,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
 
     real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
     be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
-    formula, `rows` rows of scores at once at most: few queries on a CPU; float32, padding or an old card on a GPU; gradients.
+    formula, `rows` rows of scores at once at most: with gradients; on a GPU float32, padding or an old card; on a CPU few queries
+    whose keys must be cast, or where MKL is slow.
     """
     B, H, T, D = q.shape
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
@@ -295,7 +299,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
     q, bias = fold(q, k), padding_bias(real, q.dtype)
 
     fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
-    if fused and q.device.type == "cpu" and q.shape[2] > FEW_ROWS:
+    plainly = q.shape[2] <= FEW_ROWS and (MKL_IS_SLOW or k.dtype != q.dtype)  # a CPU reads keys faster so
+    if fused and q.device.type == "cpu" and not plainly:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, attn_mask=bias, scale=D**-0.5)
     elif fused and bias is None and has_flash(q):

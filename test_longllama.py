@@ -46,6 +46,12 @@ def expected():
     return load_file(TESTDATA / "expected.safetensors")
 
 
+@pytest.fixture(params=[False, True], ids=["fast MKL", "slow MKL"])
+def mkl(request, monkeypatch):
+    """Once as on Intel's processors and once as on AMD's, whatever this one is."""
+    monkeypatch.setattr(longllama, "MKL_IS_SLOW", request.param)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     return LongLlama.from_pretrained(TINY), Tokenizer(TINY / "tokenizer.model")
@@ -97,7 +103,7 @@ def error_of(model, name, expected):
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_the_original(name, device, expected):
+def test_logits_are_those_of_the_original(name, device, expected, mkl):
     changes = CASES[name]["config"]
     error = error_of(LongLlama.from_pretrained(TESTDATA, device, **changes), name, expected)
     assert error < (5e-4 if changes.get("mem_dtype") == "bfloat16" else 1e-4)
@@ -107,7 +113,9 @@ def test_logits_are_those_of_the_original(name, device, expected):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("changes", [{"mem_topk": 1000}, {"mem_device": "cpu"}], ids=str)
 @pytest.mark.parametrize("name", ["many_windows", "left_padded_batch_decode_past_overflow", "chunked_continuation"])
-def test_memory_searched_or_kept_elsewhere_gives_the_originals_logits(name, changes, device, expected, monkeypatch):
+def test_memory_searched_or_kept_elsewhere_gives_the_originals_logits(
+    name, changes, device, expected, monkeypatch, mkl
+):
     """As many best keys as there are make all of attention. Small blocks: the search, and the copies, are of many."""
     monkeypatch.setattr(longllama.Memory, "BLOCK", 5)
     monkeypatch.setattr(longllama, "GATHERED", 10000)  # a few queries at once
@@ -239,7 +247,7 @@ def test_half_precision_with_memory_stays_near_float32(dtype, device, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 200), (1, 5, 200), (3, 1, 200)])
 def test_products_of_one_token_and_of_many_are_near_float64_and_leave_torchs_settings_alone(
-    shape, dtype, enabled, device, monkeypatch
+    shape, dtype, enabled, device, monkeypatch, mkl
 ):
     x = torch.randn(shape).to(device, dtype)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
@@ -263,7 +271,7 @@ def naive(q, k, v, seen):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 8e-2)])  # scores up to 20, rounded
 @pytest.mark.parametrize("G", [1, 2, 6])
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_merged_over_sets_is_one_softmax_over_their_union(G, padded, dtype, bound, device):
+def test_attention_merged_over_sets_is_one_softmax_over_their_union(G, padded, dtype, bound, device, mkl):
     torch.manual_seed(0)
     B, H, T, D, sizes = 2, 6, 5, 16, (30, 1, 5)
     q, k, v = (torch.randn(B, n, S, D).to(device, dtype) for n, S in ((H, T), (G, 36), (G, 36)))
@@ -281,7 +289,7 @@ def test_attention_merged_over_sets_is_one_softmax_over_their_union(G, padded, d
 
 
 @torch.no_grad()
-def test_a_query_that_sees_only_padding_gives_no_nan():
+def test_a_query_that_sees_only_padding_gives_no_nan(mkl):
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         part = attend(q.to(dtype), k.to(dtype), k.to(dtype), torch.zeros(1, 1, 3, 1, dtype=torch.bool))
