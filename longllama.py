@@ -135,18 +135,18 @@ class LongLlamaConfig:
 # ------------------------------------------------------------------------------------------- Linear, norm and RoPE
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_table`
-# On x86, torch multiplies float32 with MKL, which is Intel's own, and falls behind other ways on AMD's processors.
+# On x86, torch multiplies float32 with MKL, Intel's library. On AMD's processors other ways that torch has are faster.
 MKL_IS_SLOW = torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
-PARTS = 16  # there, a weight is read as so many blocks of rows, which the cores share
+PARTS = 16  # where MKL is slow, a weight is read as so many blocks of rows, which the cores share
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in), weight (out, in) -> (..., out): as torch computes it, but for three cases on a CPU where another of its ways
-    is faster. All three give the same product, up to rounding."""
-    rows, size = weight.shape
-    one, onednn = x.numel() == size, torch.backends.mkldnn
+    """x (..., in), weight (out, in) -> (..., out): F.linear, but for three cases on a CPU where another of torch's ways is
+    faster. The product is the same, up to rounding."""
     if x.device.type != "cpu":
         return F.linear(x, weight)
+    rows, size = weight.shape
+    one, onednn = x.numel() == size, torch.backends.mkldnn  # a single token; oneDNN's old name
     if MKL_IS_SLOW and x.dtype == torch.float32 and one and rows % PARTS == 0:  # a batch of weights is read at full speed
         column = x.reshape(1, 1, size).expand(PARTS, 1, size).mT
         return (weight.view(PARTS, -1, size) @ column).view(*x.shape[:-1], rows)
