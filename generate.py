@@ -373,7 +373,7 @@ def compile_layers(model: LongLlama):
         layer.project, layer.update = partial(project, layer), partial(update, layer)
     model.logits = partial(logits, model)
     if model.norm.weight.is_cuda:
-        model.forward = Steps(model, compile_step(join))
+        model.forward = Steps(model, compile_step(join), compile_step(merge))
 
 
 def compile_step(part: Callable) -> Callable:
@@ -395,14 +395,17 @@ def join(q: Tensor, new: list[Tensor], kept: list[Tensor], length: Tensor) -> At
 class StepContext(LocalCache):
     """The local context of a layer, within a captured step: `length` is a tensor, and its room is attended to, as padding."""
 
-    def __init__(self, context: LocalCache, join: Callable):
+    def __init__(self, context: LocalCache, join: Callable, merge: Callable):
         vars(self).update(vars(context))  # the same tensors, to be written into, and the same memory
-        self.join = join
+        self.join, self.merge = join, merge
+        if self.memory is not None:
+            self.memory = copy(self.memory)
+            self.memory.merge = merge
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: None) -> Tensor:
         attended = self.join(q, [k, v] if self.memory is None else [k, v, unrotated], self.tensors, self.length)
         if self.memory is not None and self.memory.length:
-            attended = merge(self.memory.attend(q, real), attended)
+            attended = self.merge(self.memory.attend(q, real), attended)
         return attended[0]
 
 
@@ -414,8 +417,9 @@ class Steps:
     There is one graph, so one step at a time, and weights have to stay where they are.
     """
 
-    def __init__(self, model: LongLlama, join: Callable):
-        self.model, self.uncaptured, self.join = model, model.forward, join
+    def __init__(self, model: LongLlama, join: Callable = join, merge: Callable = merge):
+        """join, merge: those functions, or compiled ones."""
+        self.model, self.uncaptured, self.join, self.merge = model, model.forward, join, merge
         self.places: list[weakref.ref] = []  # the tensors that the graph reads and writes, which a cache may drop
         self.replay = self.logits = None  # see `prepare`
 
@@ -453,7 +457,7 @@ class Steps:
         with torch.inference_mode(False):  # or they could not be written into once that mode is over
             self.input_ids, self.start = input_ids.clone(), torch.tensor([cache.local_length], device=input_ids.device)
         twin = copy(cache)
-        twin.layers = [StepContext(layer, self.join) for layer in cache.layers]
+        twin.layers = [StepContext(layer, self.join, self.merge) for layer in cache.layers]
         for layer in twin.layers:
             for tensor in layer.tensors:
                 tensor[:, :, cache.local_length :] = 0  # no NaN, which would be attended to in spite of being padding

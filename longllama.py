@@ -204,6 +204,7 @@ SCORES = 1 << 27  # scores that it holds at once, at most
 FEW_ROWS = 16  # up to so many queries, reading the keys is the work
 CAST = 1 << 19  # numbers that a CPU casts at once: few enough to be still in its cache when they are used
 GATHERED = 1 << 24  # numbers of the best values that are gathered at once
+RECURRING = 1024  # cuDNN takes 60 ms to prepare for a shape: so many queries or keys, or multiples of it, come again
 
 
 def store(parts: tuple[Tensor, ...], capacity: int, dtype: torch.dtype, device: torch.device, pin: bool = False) -> Tensor:
@@ -278,11 +279,18 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
     return out, (top + total.log()).squeeze(-1)
 
 
-def has_flash(q: Tensor) -> bool:
+def has_flash(q: Tensor, capability: tuple[int, int] = (8, 0)) -> bool:
     """Whether FlashAttention computes with q: on a GPU since Ampere, in half precision, with heads of at most 256."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 256
     built = torch.backends.cuda.is_flash_attention_available()
-    return half and built and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return half and built and torch.cuda.get_device_capability(q.device) >= capability
+
+
+def has_cudnn(q: Tensor, k: Tensor) -> bool:
+    """Whether cuDNN's attention, since Hopper up to twice as fast as FlashAttention, computes with q (B, H, T, D) and
+    k (B, G, S, D), of a shape that comes again."""
+    recurring = (q.shape[2] == 1 or q.shape[2] % RECURRING == 0) and k.shape[2] % RECURRING == 0
+    return recurring and k.shape[3] <= 128 and torch.backends.cudnn.is_available() and has_flash(q, capability=(9, 0))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = ROWS) -> Attended:
@@ -290,19 +298,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
 
     real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
     be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
-    formula, `rows` rows of scores at once at most: with gradients; on a GPU float32, padding or an old card; on a CPU few queries
-    whose keys must be cast, or where MKL is slow.
+    formula, `rows` rows of scores at once at most: with gradients; on a GPU float32, an old card, or mostly with padding; on a CPU
+    few queries whose keys must be cast, or where MKL is slow.
     """
     B, H, T, D = q.shape
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
         k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
+    fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
+    planned = fused and has_cudnn(q, k)
     q, bias = fold(q, k), padding_bias(real, q.dtype)
 
-    fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
     plainly = q.shape[2] <= FEW_ROWS and (MKL_IS_SLOW or k.dtype != q.dtype)  # a CPU reads keys faster so
     if fused and q.device.type == "cpu" and not plainly:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, attn_mask=bias, scale=D**-0.5)
+    elif planned:
+        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), bias, True, 0.0, causal, scale=D**-0.5)[:2]
     elif fused and bias is None and has_flash(q):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, scale=D**-0.5)[:2]
@@ -383,6 +395,7 @@ class Memory:
     """
 
     BLOCK = 32768  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
+    merge = staticmethod(merge)  # for a compiled one to take its place
 
     def __init__(self, config: LongLlamaConfig):
         self.dtype, self.grouping, self.topk = getattr(torch, config.mem_dtype), config.mem_attention_grouping, config.mem_topk
@@ -438,7 +451,7 @@ class Memory:
         heads, queries = self.grouping or (H, ROWS)
         rows = max(heads * queries // H, 1)  # of all heads, so as to make no more scores at once
         if self.topk is None:
-            return reduce(merge, (attend(q, *block, rows=rows) for block in self.blocks_on(q.device, real)))
+            return reduce(self.merge, (attend(q, *block, rows=rows) for block in self.blocks_on(q.device, real)))
         K = min(self.topk, self.length)
         rows = max(min(rows, GATHERED // (B * H * K * D)), 1)  # memory that is streamed comes by once for each part
         parts = [attend_topk(part, self.blocks_on(q.device, real), K) for part in q.split(rows, dim=2)]

@@ -289,6 +289,28 @@ def test_attention_merged_over_sets_is_one_softmax_over_their_union(G, padded, d
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("T, S, causal", [(1, 2048, False), (1024, 2048, False), (1024, 1024, True), (1000, 1024, False)])
+def test_attention_of_many_queries_and_keys_is_near_float64(T, S, causal, padded, dtype, device):
+    torch.manual_seed(0)
+    B, H, G, D = 2, 4, 2, 12
+    q, k, v = (torch.randn(B, n, tokens, D).to(device, dtype) for n, tokens in ((H, T), (G, S), (G, S)))
+    real = torch.ones(B, 1, S, 1, dtype=torch.bool, device=device)
+    real[0, :, : 300 if padded else 0] = False
+    seen = (real.mT & torch.ones(T, S, dtype=torch.bool, device=device).tril(0 if causal else S)).expand(B, H, T, S)
+    k, v = (longllama.store((x,), S + 8, dtype, x.device)[:, :, :S] for x in (k, v))  # with heads of 16
+    out, lse = attend(q, k, v, real if padded else None, causal)
+    scores = (q.double() @ k[..., :D].double().repeat_interleave(2, dim=1).mT / D**0.5).masked_fill(~seen, -torch.inf)
+    sees = seen.any(dim=-1)  # padding that sees nothing gets anything
+    assert out.shape == q.shape and out.isfinite().all()
+    right, bound = naive(q, k[..., :D], v[..., :D], seen), 8 * torch.finfo(dtype).eps
+    assert (out - right)[sees].norm() / right[sees].norm() < bound
+    assert (lse - scores.logsumexp(dim=-1))[sees].abs().max() < bound
+
+
+@torch.no_grad()
 def test_a_query_that_sees_only_padding_gives_no_nan(mkl):
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -1458,7 +1480,7 @@ def test_steps_with_lengths_in_tensors_give_the_same_logits(changes, monkeypatch
     monkeypatch.setattr(generate, "captured", captured)
     monkeypatch.setattr(longllama, "store", store_before_nan)
     model, stepping = small_model(**changes), small_model(**changes)
-    stepping.forward = generate.Steps(stepping, generate.join)
+    stepping.forward = generate.Steps(stepping)
     ids = torch.randint(61, (2, 70))
     for parts in ([1] * 70, [40] + [1] * 30, [40, 1, 1, 3, 1, 1, 9, 1, 1, 12]):
         caches = [Cache(model.config) for _ in range(2)]
@@ -1481,7 +1503,7 @@ def test_what_steps_cannot_do_goes_the_usual_way(monkeypatch):
     ids = torch.randint(61, (2, 30))
     for changes, mask in (({"mem_device": "cpu"}, None), ({}, F.pad(torch.ones(2, 27), (3, 0)))):
         model, stepping = small_model(**changes), small_model(**changes)
-        stepping.forward = generate.Steps(stepping, generate.join)
+        stepping.forward = generate.Steps(stepping)
         (_, a), (_, b) = (m(ids, None, mask) for m in (model, stepping))
         for i in range(3):
             assert (model(ids[:, i : i + 1], a)[0] - stepping(ids[:, i : i + 1], b)[0]).abs().max() < 1e-5

@@ -25,7 +25,7 @@ from bench import FIELDS, SHAPES, model_bytes
 
 from convert import ending_well
 from examples.passkey import parse_lengths
-from generate import Steps, join, number
+from generate import Steps, number
 from longllama import LongLlama, LongLlamaConfig
 
 VIEWS = {  # operations that launch nothing
@@ -96,7 +96,7 @@ def dry_run(shape: str, B: int, T: int) -> list[str]:
                 _, cache = model(ids[:, :1], cache, logits_to_keep=1)
         work = {name: n for name, n in watch.operations.items() if name not in VIEWS}
         flash = watch.operations["_scaled_dot_product_flash_attention"]
-        model.forward = Steps(model, join)
+        model.forward = Steps(model)
         with patch("generate.captured", lambda step, device: step() or step):
             model(ids[:, :1], cache, logits_to_keep=1)
         sizes = (model_bytes(model), cache.memory_bytes, watch.peak - model_bytes(model) - cache.memory_bytes)
