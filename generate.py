@@ -377,8 +377,11 @@ def compile_layers(model: LongLlama):
 
 
 def compile_step(part: Callable) -> Callable:
-    """For one token, whose shapes never change: products of a matrix and a vector are worth a search for the best kernel."""
-    return torch.compile(part, dynamic=False, options={"coordinate_descent_tuning": True})
+    """For one token, whose shapes never change: products of a matrix and a vector, which take most of its time on a GPU, are
+    worth a search for the best kernel. They get their vector ready-made, not computed anew for each row (where that takes more
+    than 9 operations: a norm, SwiGLU), and since Hopper a kernel is launched before the one ahead of it is done."""
+    gpu = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 9, "triton.enable_pdl": True}
+    return torch.compile(part, dynamic=False, options=gpu)
 
 
 def join(q: Tensor, new: list[Tensor], kept: list[Tensor], length: Tensor) -> Attended:

@@ -298,8 +298,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
 
     real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
     be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
-    formula, `rows` rows of scores at once at most: with gradients; on a GPU float32, an old card, or mostly with padding; on a CPU
-    few queries whose keys must be cast, or where MKL is slow.
+    formula, `rows` rows of scores at once at most: with gradients; on a GPU float32, an old card or mostly padding; on a CPU few
+    queries whose keys must be cast, or where MKL is slow.
     """
     B, H, T, D = q.shape
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle

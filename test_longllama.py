@@ -292,7 +292,9 @@ def test_attention_merged_over_sets_is_one_softmax_over_their_union(G, padded, d
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("T, S, causal", [(1, 2048, False), (1024, 2048, False), (1024, 1024, True), (1000, 1024, False)])
+@pytest.mark.parametrize(
+    "T, S, causal", [(1, 2048, False), (1024, 2048, False), (1024, 1024, True), (1000, 1024, False)]
+)
 def test_attention_of_many_queries_and_keys_is_near_float64(T, S, causal, padded, dtype, device):
     torch.manual_seed(0)
     B, H, G, D = 2, 4, 2, 12

@@ -67,6 +67,7 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> LongLl
 
 def bench_model(args: argparse.Namespace) -> LongLlama:
     model = random_model(args.shape, args.device, args.dtype)
+    model.config = replace(model.config, mem_device=args.mem_device)
     if args.compile:
         compile_layers(model)  # which only longllama computes with; the others take its weights
     return model
@@ -311,6 +312,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help="compile longllama's layers (on a CPU, growth is then mostly the compiler's)",
     )
     add("--mem-dtype", default="bfloat16", metavar="D,...", help="one or more, for longllama; the others use the first")
+    add("--mem-device", choices=["cpu"], help="keep longllama's memory in main memory (on a GPU; growth is the GPU's)")
     add("--compare", default="naive,sdpa", metavar="NAME,...", help=f"some of {', '.join(COMPARED)}, or '' for none")
     args = parser.parse_args()
     args.mem_dtype, args.compare = args.mem_dtype.split(","), args.compare.split(",") if args.compare else []

@@ -79,14 +79,6 @@ def test_prefill_flops_are_what_counting_token_by_token_gives(T):
     assert bench.prefill_flops(config, 3, T, 8) == 3 * 2 * count
 
 
-def test_the_dry_run_needs_torch_with_cuda_and_no_gpu():
-    done = run("dry_run.py", "--shape", "mid", "--prompt-tokens", "2k")
-    if torch.version.cuda is None:
-        assert done.returncode == 2 and "built without CUDA" in done.stderr
-    else:
-        assert done.returncode == 0 and "| 2,048 | 0.11 | 0.01 |" in done.stdout, done.stdout + done.stderr
-
-
 def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overflow(tmp_path):
     (tmp_path / "text.txt").write_text((bench.TINY / "book.txt").read_text()[:60000])  # 20,000 tokens: just enough
 
