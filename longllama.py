@@ -204,7 +204,7 @@ SCORES = 1 << 27  # scores that it holds at once, at most
 FEW_ROWS = 16  # up to so many queries, reading the keys is the work
 CAST = 1 << 19  # numbers that a CPU casts at once: few enough to be still in its cache when they are used
 GATHERED = 1 << 24  # numbers of the best values that are gathered at once
-RECURRING = 1024  # cuDNN takes 60 ms to prepare for a shape: so many queries or keys, or multiples of it, come again
+RECURRING = 1024  # cuDNN prepares 60 ms for a new shape: those of so many queries or keys, or multiples, come again
 
 
 def store(parts: tuple[Tensor, ...], capacity: int, dtype: torch.dtype, device: torch.device, pin: bool = False) -> Tensor:
@@ -290,7 +290,8 @@ def has_cudnn(q: Tensor, k: Tensor) -> bool:
     """Whether cuDNN's attention, since Hopper up to twice as fast as FlashAttention, computes with q (B, H, T, D) and
     k (B, G, S, D), of a shape that comes again."""
     recurring = (q.shape[2] == 1 or q.shape[2] % RECURRING == 0) and k.shape[2] % RECURRING == 0
-    return recurring and k.shape[3] <= 128 and torch.backends.cudnn.is_available() and has_flash(q, capability=(9, 0))
+    built = torch.backends.cudnn.is_available() and torch.version.hip is None  # ROCm answers for cuDNN, and has none
+    return recurring and built and k.shape[3] <= 128 and has_flash(q, capability=(9, 0))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = ROWS) -> Attended:
@@ -305,14 +306,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
         k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
     fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
-    planned = fused and has_cudnn(q, k)
+    by_cudnn = fused and has_cudnn(q, k)
     q, bias = fold(q, k), padding_bias(real, q.dtype)
 
     plainly = q.shape[2] <= FEW_ROWS and (MKL_IS_SLOW or k.dtype != q.dtype)  # a CPU reads keys faster so
     if fused and q.device.type == "cpu" and not plainly:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, attn_mask=bias, scale=D**-0.5)
-    elif planned:
+    elif by_cudnn:
         kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), bias, True, 0.0, causal, scale=D**-0.5)[:2]
     elif fused and bias is None and has_flash(q):

@@ -1445,11 +1445,11 @@ compiles = pytest.mark.skipif(
 
 
 @compiles
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device, window", [("cpu", 16)] + [("cuda", 16), ("cuda", 1024)] * torch.cuda.is_available())
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-5), (torch.bfloat16, 5e-2)])
-def test_compiled_layers_give_the_same_logits(dtype, bound, device):
-    """Windows, and one token at a time: compiled, on a GPU captured and replayed; memory begins, and the window overflows."""
-    model, compiled = (small_model().to(device, dtype) for _ in range(2))
+def test_compiled_layers_give_the_same_logits(dtype, bound, device, window):
+    """Windows, and one token at a time: compiled, on a GPU captured and replayed; memory begins, and a small window overflows."""
+    model, compiled = (small_model(max_position_embeddings=window).to(device, dtype) for _ in range(2))
     generate.compile_layers(compiled)
     ids = torch.randint(61, (2, 70), device=device)
     with torch.inference_mode():
