@@ -280,7 +280,8 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
 
 
 def has_flash(q: Tensor, capability: tuple[int, int] = (8, 0)) -> bool:
-    """Whether FlashAttention computes with q: on a GPU since Ampere, in half precision, with heads of at most 256."""
+    """Whether FlashAttention computes with q: in half precision, with heads of at most 256, on a GPU of at least this compute
+    capability (by default Ampere's, Hopper's is 9.0)."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 256
     built = torch.backends.cuda.is_flash_attention_available()
     return half and built and torch.cuda.get_device_capability(q.device) >= capability
