@@ -204,7 +204,7 @@ SCORES = 1 << 27  # scores that it holds at once, at most
 FEW_ROWS = 16  # up to so many queries, reading the keys is the work
 CAST = 1 << 19  # numbers that a CPU casts at once: few enough to be still in its cache when they are used
 GATHERED = 1 << 24  # numbers of the best values that are gathered at once
-RECURRING = 1024  # cuDNN prepares 60 ms for a new shape: those of so many queries or keys, or multiples, come again
+RECURRING = 1024  # cuDNN prepares 60 ms for a new shape: those with multiples of this (or one query) are seen again
 
 
 def store(parts: tuple[Tensor, ...], capacity: int, dtype: torch.dtype, device: torch.device, pin: bool = False) -> Tensor:
@@ -247,14 +247,14 @@ def fold(q: Tensor, k: Tensor) -> Tensor:
 
 
 def padding_bias(real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What to add to scores, (B, 1, 1, S). Padding gets the least finite number, not -inf: a query that sees only padding gets
-    something, and never NaN."""
-    return None if real is None else (~real.mT).to(dtype) * torch.finfo(dtype).min
+    """What to add to scores, (B, 1, 1, S). Padding gets half the least finite number, not -inf: a query that sees only padding
+    gets something, and never NaN, also by a kernel that turns scores into powers of 2."""
+    return None if real is None else (~real.mT).to(dtype) * (torch.finfo(dtype).min / 2)
 
 
 def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Folded queries q (B, G, R, D), k (B, G, S, D) -> float32 (B, G, R, S)."""
-    if MKL_IS_SLOW and k.dtype == q.dtype and q.shape[2] <= FEW_ROWS:  # keys times queries: they are read faster so
+    if MKL_IS_SLOW and q.device.type == "cpu" and k.dtype == q.dtype and q.shape[2] <= FEW_ROWS:  # keys are read faster so
         scores = (k @ q.mT).mT.contiguous()
     else:
         scores = torch.cat([q @ piece.mT for piece in cast_pieces(k, q.dtype)], dim=3)
@@ -279,20 +279,20 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
     return out, (top + total.log()).squeeze(-1)
 
 
-def has_flash(q: Tensor, capability: tuple[int, int] = (8, 0)) -> bool:
-    """Whether FlashAttention computes with q: in half precision, with heads of at most 256, on a GPU of at least this compute
-    capability (by default Ampere's, Hopper's is 9.0)."""
+def has_flash(q: Tensor) -> bool:
+    """Whether FlashAttention computes with q: on a GPU since Ampere, in half precision, with heads of at most 256."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 256
     built = torch.backends.cuda.is_flash_attention_available()
-    return half and built and torch.cuda.get_device_capability(q.device) >= capability
+    return half and built and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def has_cudnn(q: Tensor, k: Tensor) -> bool:
-    """Whether cuDNN's attention, since Hopper up to twice as fast as FlashAttention, computes with q (B, H, T, D) and
-    k (B, G, S, D), of a shape that comes again."""
+    """Whether cuDNN's attention, on Hopper faster than FlashAttention, computes with q (B, H, T, D) and k (B, G, S, D)."""
     recurring = (q.shape[2] == 1 or q.shape[2] % RECURRING == 0) and k.shape[2] % RECURRING == 0
+    if not (recurring and k.shape[3] <= 128 and has_flash(q)):
+        return False
     built = torch.backends.cudnn.is_available() and torch.version.hip is None  # ROCm answers for cuDNN, and has none
-    return recurring and built and k.shape[3] <= 128 and has_flash(q, capability=(9, 0))
+    return built and torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = ROWS) -> Attended:
@@ -300,8 +300,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
 
     real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
     be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
-    formula, `rows` rows of scores at once at most: with gradients; on a GPU float32, an old card or mostly padding; on a CPU few
-    queries whose keys must be cast, or where MKL is slow.
+    formula, `rows` rows of scores at once at most: with gradients; on a GPU in float32, on an old card, or with padding where it
+    is not cuDNN that computes; on a CPU few queries whose keys must be cast, or where MKL is slow.
     """
     B, H, T, D = q.shape
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
