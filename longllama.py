@@ -307,15 +307,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
         k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
     fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
-    by_cudnn = fused and has_cudnn(q, k)
+    by_cudnn = fused and has_cudnn(q, k)  # asked before queries of several heads are folded into one
     q, bias = fold(q, k), padding_bias(real, q.dtype)
-
     plainly = q.shape[2] <= FEW_ROWS and (MKL_IS_SLOW or k.dtype != q.dtype)  # a CPU reads keys faster so
+
     if fused and q.device.type == "cpu" and not plainly:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, attn_mask=bias, scale=D**-0.5)
     elif by_cudnn:
-        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
+        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention  # True: with the log-sum-exp
         out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), bias, True, 0.0, causal, scale=D**-0.5)[:2]
     elif fused and bias is None and has_flash(q):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
@@ -397,7 +397,7 @@ class Memory:
     """
 
     BLOCK = 32768  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
-    merge = staticmethod(merge)  # for a compiled one to take its place
+    merge = staticmethod(merge)  # in whose place a captured step has a compiled one, see generate.py
 
     def __init__(self, config: LongLlamaConfig):
         self.dtype, self.grouping, self.topk = getattr(torch, config.mem_dtype), config.mem_attention_grouping, config.mem_topk

@@ -34,6 +34,8 @@ def test_each_implementation_gets_a_line_of_numbers():
         "1",
         "--mem-dtype",
         "float32,bfloat16",
+        "--mem-device",
+        "cpu",
     )
     done = run("bench.py", "--shape", "tiny", *quick, "--compare", "naive,sdpa,transformers")
     assert done.returncode == 0, done.stderr
