@@ -203,7 +203,7 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """OSError and ValueError, which say what does not fit, and too little memory, become a `UserError`."""
+    """OSError and ValueError, which say what does not fit, too little memory, and no compiler, become a `UserError`."""
     try:
         yield
     except BrokenPipeError:
@@ -211,9 +211,13 @@ def user_errors() -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise UserError(first_line(error)) from None
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError("out of memory: try a shorter text, or a smaller --dtype or --mem-dtype") from None
+        if out_of_memory(error):
+            raise UserError("out of memory: try a shorter text, or a smaller --dtype or --mem-dtype") from None
+        if type(error).__module__.startswith("torch._inductor"):  # torch's compiler: most often another one is missing
+            raise UserError(
+                f"--compile fails here: {first_line(error)}; install a C++ compiler, or leave it out"
+            ) from None
+        raise
 
 
 @contextmanager

@@ -5,8 +5,6 @@ The continuation, and nothing else, goes to standard output. Warnings, progress 
 
 import argparse
 import json
-import os
-import shutil
 import sys
 import time
 import weakref
@@ -358,10 +356,7 @@ def statistics(cache: Cache, progress: Progress, T: int, times: list[float], dev
 
 
 def compile_layers(model: LongLlama):
-    """Compiles the model's layers, for all at once; on a GPU it then reads single tokens by `Steps`. Raises ValueError."""
-    cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "cl" if sys.platform == "win32" else "g++")
-    if shutil.which(cxx) is None:
-        raise ValueError(f"--compile needs a C++ compiler, and there is no {cxx}: install one, or leave --compile out")
+    """Compiles the model's layers as they are first used, for all at once; on a GPU it then reads single tokens by `Steps`."""
     torch._dynamo.config.recompile_limit = 64  # batch sizes, dtypes, with and without memory: each is compiled once
 
     def compiled(part: Callable) -> Callable:

@@ -1514,10 +1514,12 @@ def test_what_steps_cannot_do_goes_the_usual_way(monkeypatch):
         stepping(ids[:1, :1], b)
 
 
-def test_without_a_compiler_compile_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert run_generate("--prompt", "The sea", "--compile") == 2
-    assert "there is no no-such-compiler" in capsys.readouterr().err
+def test_without_a_compiler_compile_is_refused(tmp_path):
+    nothing_cached = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "generate.py", "--prompt", "The sea", "--device", "cpu", "--compile"]
+    done = subprocess.run(command, cwd=HERE, env=nothing_cached, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("generate.py: error: --compile fails here: .*no-such-compiler.*\n", done.stderr)
 
 
 @compiles
