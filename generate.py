@@ -411,7 +411,7 @@ class Steps:
     """`LongLlama.forward` that reads a single token by replaying a CUDA graph of the whole model.
 
     The graph is captured anew where a cache's tensors are others than those before: after the window overflowed, say. What it
-    cannot do goes the usual way: other numbers of tokens, an overflow, padding, memory in main memory or of another kind.
+    cannot do goes the usual way: other numbers of tokens, an overflow, padding, memory in main memory, caches of another kind.
     There is one graph, so one step at a time, and weights have to stay where they are.
     """
 
@@ -447,8 +447,9 @@ class Steps:
             return False
         B, _, capacity, _ = tensors[0].shape
         memories = [layer.memory for layer in cache.layers if layer.memory]
-        resident = all(type(memory) is Memory and memory.device is None for memory in memories)
-        return input_ids.shape == (B, 1) and cache.local_length < min(capacity, window) and resident
+        known = all(type(layer) is LocalCache for layer in cache.layers) and all(type(x) is Memory for x in memories)
+        resident = all(memory.device is None for memory in memories)
+        return input_ids.shape == (B, 1) and cache.local_length < min(capacity, window) and known and resident
 
     def prepare(self, input_ids: Tensor, cache: Cache):
         """Makes `replay`, which reads `input_ids` as the token at position `start`, and writes its `logits`."""
