@@ -38,6 +38,7 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------------------- Config
 
 MEM_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+LARGEST = 1 << 28  # of any size or length in a config: what is far beyond all use is refused, before it overflows
 
 
 def require(condition: bool, message: str):
@@ -90,12 +91,13 @@ class LongLlamaConfig:
                 fits = type(value) is int and 0 <= value < getattr(self, limits[name])
                 require(fits, f"{name} must be at least 0 and less than {limits[name]}, not {value!r}")
             elif field.type in (int, int | None):
-                require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
+                fits = is_count(value) and value <= LARGEST
+                require(fits, f"{name} must be a whole number of 1 to {LARGEST}, not {value!r}")
             elif field.type is bool:
                 require(type(value) is bool, f"{name} must be true or false, not {value!r}")
             elif field.type is float:
-                fits = type(value) in (int, float) and 0 < value < float("inf")
-                require(fits, f"{name} must be above 0 and finite, not {value!r}")
+                fits = type(value) in (int, float) and 0 < value < 1e38
+                require(fits, f"{name} must be above 0 and below 1e38, not {value!r}")
         require(self.hidden_size % (2 * heads) == 0, f"hidden_size {self.hidden_size} is not {heads} heads of even size")
         require(heads % self.num_key_value_heads == 0, "num_key_value_heads must divide num_attention_heads")
         chosen, layers = self.mem_layers, range(self.num_hidden_layers)
@@ -127,7 +129,7 @@ class LongLlamaConfig:
             computed = {"rope_type": "default", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
             for name, value in (computed | {"head_dim": config.head_dim}).items():
                 require(raw.get(name) in (None, value), f"{name} {raw.get(name)!r} is not supported, only {value!r}")
-        except (ValueError, TypeError, AttributeError) as error:  # broken JSON is a ValueError
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:  # broken JSON is a ValueError
             raise ValueError(f"{path}: {error}") from None
         return replace(config, **overrides)
 
@@ -722,7 +724,7 @@ def shard_names(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{index} is broken: it must have a weight_map of tensor names to file names") from None
     require(not outside, f"{index} names a file outside of its folder, which is not followed: {outside[:1]}")
     return names

@@ -937,6 +937,7 @@ def test_generation_goes_on_from_a_cache():
         {"mem_attention_grouping": [0, 4]}, {"mem_attention_grouping": [4]}, {"mem_attention_grouping": 4},
         {"num_key_value_heads": 3}, {"vocab_size": 0}, {"last_context_length": 0},
         {"rms_norm_eps": -1.0}, {"rms_norm_eps": math.inf}, {"eos_token_id": 61},
+        {"intermediate_size": 2**40}, {"rms_norm_eps": 10**400},
         {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4},
         {"mem_topk": 0}, {"mem_device": "tape"}, {"keep_local": 16}, {"keep_local": -1},
         {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},
@@ -949,6 +950,15 @@ def test_impossible_configs_are_refused_by_name(changes, tmp_path):
     name = "rope_type" if "rope" in next(iter(changes)) else next(iter(changes))
     with pytest.raises(ValueError, match=f"config.json: .*{name}"):
         LongLlamaConfig.from_json(path)
+
+
+def test_json_nested_too_deep_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="config.json: "):
+        LongLlamaConfig.from_json(path)
+    with pytest.raises(ValueError, match="config.json is broken"):
+        longllama.shard_names(path)
 
 
 def test_configs_of_transformers_5_and_of_older_releases_are_read(tmp_path):
@@ -1504,10 +1514,14 @@ def test_what_steps_cannot_do_goes_the_usual_way(monkeypatch):
 
     monkeypatch.setattr(generate, "captured", captured)
     ids = torch.randint(61, (2, 30))
-    for changes, mask in (({"mem_device": "cpu"}, None), ({}, F.pad(torch.ones(2, 27), (3, 0)))):
+    usual, padded = longllama.LocalCache, F.pad(torch.ones(2, 27), (3, 0))
+    looking_on = type("RecordingContext", (usual,), {})  # as in examples/look_at_memory.py
+    for changes, mask, kind in (({"mem_device": "cpu"}, None, usual), ({}, padded, usual), ({}, None, looking_on)):
         model, stepping = small_model(**changes), small_model(**changes)
         stepping.forward = generate.Steps(stepping)
         (_, a), (_, b) = (m(ids, None, mask) for m in (model, stepping))
+        for layer in b.layers:
+            layer.__class__ = kind
         for i in range(3):
             assert (model(ids[:, i : i + 1], a)[0] - stepping(ids[:, i : i + 1], b)[0]).abs().max() < 1e-5
     with pytest.raises(ValueError, match="1 rows, and the cache has 2"):

@@ -111,6 +111,9 @@ class Corpus:
         statement = np.array(self.tokenizer.encode(stated, bos=False))
         answer = np.array(self.tokenizer.encode(key, bos=False))
         asked = np.concatenate((self.question, answer, self.full_stop))
+        least = max(len(statement), len(asked)) + 1
+        if window < least:
+            raise ValueError(f"a pass key takes windows of at least {least} tokens, not {window}")
         start = [self.bos, self.intro if rng.random() < 0.5 else self.intro[:0]]
         if dense:
             places, place = [], int(rng.integers(0, window // 4))

@@ -232,6 +232,12 @@ def test_answers_mark_the_digits_of_the_key_stated_before(dense, corpus):
         assert len(ids) == 513 and digits and (digits + key).startswith(key) and digits in key * 40
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_window_too_small_for_a_pass_key_is_refused(dense, corpus):
+    with pytest.raises(ValueError, match="at least .* tokens, not 16"):
+        corpus.passkey(np.random.default_rng(0), 65, 16, dense)
+
+
 @pytest.mark.parametrize("reach", [3, 7, 15])
 def test_no_entry_sees_the_pass_keys_of_two_documents(reach, corpus):
     packing, seen_keys = 4, []
