@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longllama import LongLlama, LongLlamaConfig, find_weights, shard_names
+from longllama import LongLlama, LongLlamaConfig, find_weights, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {  # in a safetensors file
@@ -41,11 +41,9 @@ Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name
 
 def read_weights(folder: Path) -> Weights:
     """The tensors of a Hugging Face folder, of safetensors files if there are any. None is in memory until it is read."""
-    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+    if any((folder / f"model.safetensors{ending}").is_file() for ending in ("", ".index.json")):
         return dict(safetensors_weights(folder))
-    whole, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
-    sharded = index.is_file() and not whole.is_file()
-    return dict(bin_weights([folder / name for name in (shard_names(index) if sharded else [whole.name])]))
+    return dict(bin_weights(weight_files(folder, "pytorch_model.bin")))
 
 
 def safetensors_weights(folder: Path) -> Iterator:

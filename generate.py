@@ -57,6 +57,16 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     return parse
 
 
+def listed(parse: Callable) -> Callable:
+    """An argparse type: several of another type, with commas between them."""
+
+    def parse_list(text: str) -> list:
+        return [parse(part) for part in text.split(",")]
+
+    parse_list.__name__ = f"list of {parse.__name__}s"
+    return parse_list
+
+
 def add_prompt_flags(parser: argparse.ArgumentParser):
     """--prompt or --prompt-file, for `read_prompt`."""
     prompt = parser.add_mutually_exclusive_group(required=True)
@@ -93,7 +103,10 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     )
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
     parser.add_argument(
-        "--last-context-length", type=number(int, 1), metavar="N", help="so many last tokens of the prompt stay local"
+        "--last-context-length",
+        type=number(int, 1),
+        metavar="N",
+        help="this many tokens at the prompt's end stay local",
     )
     parser.add_argument(
         "--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as (default: what config.json says)"
@@ -134,18 +147,8 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} is none that torch can use here: auto takes the best there is") from None
 
 
-def listed(parse: Callable) -> Callable:
-    """An argparse type: several of another type, with commas between them."""
-
-    def parse_list(text: str) -> list:
-        return [parse(part) for part in text.split(",")]
-
-    parse_list.__name__ = f"list of {parse.__name__}s"
-    return parse_list
-
-
 def check_new_file(flag: str, path: Path):
-    """Said before the work whose result is to be written there."""
+    """Refuses, before the work begins, a path that its result could not be written to."""
     if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
         raise ValueError(f"{flag} {path}: name a file, not a folder or device, in a folder that exists")
 
@@ -356,7 +359,7 @@ def statistics(cache: Cache, progress: Progress, T: int, times: list[float], dev
 
 
 def compile_layers(model: LongLlama):
-    """Compiles the model's layers as they are first used, for all at once; on a GPU it then reads single tokens by `Steps`."""
+    """Compiles the layers as they are first used, all by one compilation; on a GPU, `Steps` then reads single tokens."""
     torch._dynamo.config.recompile_limit = 64  # batch sizes, dtypes, with and without memory: each is compiled once
 
     def compiled(part: Callable) -> Callable:
@@ -400,7 +403,7 @@ class StepContext(LocalCache):
             self.memory = copy(self.memory)
             self.memory.merge = merge
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: None) -> Tensor:
+    def append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: None) -> Tensor:
         attended = self.join(q, [k, v] if self.memory is None else [k, v, unrotated], self.tensors, self.length)
         if self.memory is not None and self.memory.length:
             attended = self.merge(self.memory.attend(q, real), attended)

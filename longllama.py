@@ -67,10 +67,10 @@ class LongLlamaConfig:
     mem_layers: tuple[int, ...] = ()  # the layers that have a memory; none: plain LLaMA
     mem_positionals: bool = True  # False: memory layers rotate nothing
     mem_dtype: str = "bfloat16"  # what memory is stored as; it is computed with in the model's dtype
-    mem_attention_grouping: tuple[int, int] | None = None  # (heads, queries): so many rows of scores of memory at once
-    mem_topk: int | None = None  # a query attends to so many remembered tokens, those with the best keys; None: to all
+    mem_attention_grouping: tuple[int, int] | None = None  # (heads, queries): at most their product of rows of scores at once
+    mem_topk: int | None = None  # a query attends to the K remembered tokens with the best keys; None: to all
     mem_device: str | None = None  # "cpu": memory is kept in main memory, and copied to a GPU in pieces, as it is used
-    keep_local: int = 0  # when the window is full, so many newest tokens stay local
+    keep_local: int = 0  # when the window is full, this many of its newest tokens stay local
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -137,9 +137,9 @@ class LongLlamaConfig:
 # ------------------------------------------------------------------------------------------- Linear, norm and RoPE
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_table`
-# On x86, torch multiplies float32 with MKL, Intel's library. On AMD's processors other ways that torch has are faster.
+# On x86, torch multiplies float32 with Intel's MKL, which is slow on AMD's processors: there torch's other ways are faster.
 MKL_IS_SLOW = torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
-PARTS = 16  # where MKL is slow, a weight is read as so many blocks of rows, which the cores share
+PARTS = 16  # where MKL is slow, a weight is read as this many blocks of rows, which the cores share
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -203,18 +203,18 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 Attended = tuple[Tensor, Tensor]
 ROWS = 128  # rows of scores that the plain formula holds at once for each key head, at most
 SCORES = 1 << 27  # scores that it holds at once, at most
-FEW_ROWS = 16  # up to so many queries, reading the keys is the work
+FEW_ROWS = 16  # with at most this many queries, time goes into reading keys, not into arithmetic
 CAST = 1 << 19  # numbers that a CPU casts at once: few enough to be still in its cache when they are used
 GATHERED = 1 << 24  # numbers of the best values that are gathered at once
-RECURRING = 1024  # cuDNN prepares 60 ms for a new shape: those with multiples of this (or one query) are seen again
+RECURRING = 1024  # cuDNN takes 60 ms to prepare for a new shape: it gets those that recur, one query or multiples of this
 
 
 def store(parts: tuple[Tensor, ...], capacity: int, dtype: torch.dtype, device: torch.device, pin: bool = False) -> Tensor:
-    """The parts, (B, G, n, D) each, in a row in new storage (B, G, capacity, D), D padded to the multiple of 8 that fused kernels
-    want (the 3B model's heads have 100). pin: main memory that can be copied to a GPU while that computes."""
+    """The parts, (B, G, n, D) each, concatenated into new storage (B, G, capacity, D), D padded to the multiple of 8 that fused
+    kernels want (the 3B model's heads have 100). pin: main memory that can be copied to a GPU while that computes."""
     B, G, _, D = parts[-1].shape
     size, start = (B, G, capacity, -(-D // 8) * 8), 0
-    with torch.inference_mode(False):  # or it could not be written into once that mode is over
+    with torch.inference_mode(False):  # a tensor made in that mode cannot be written into outside of it
         stored = torch.empty(size, dtype=dtype, device=device, pin_memory=pin)
     for x in parts:
         stored[:, :, start : start + x.shape[2], :D] = x[..., :D]
@@ -256,11 +256,9 @@ def padding_bias(real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Folded queries q (B, G, R, D), k (B, G, S, D) -> float32 (B, G, R, S)."""
-    if MKL_IS_SLOW and q.device.type == "cpu" and k.dtype == q.dtype and q.shape[2] <= FEW_ROWS:  # keys are read faster so
-        scores = (k @ q.mT).mT.contiguous()
-    else:
-        scores = torch.cat([q @ piece.mT for piece in cast_pieces(k, q.dtype)], dim=3)
-    scores = scores.float() * scale
+    turned = MKL_IS_SLOW and q.device.type == "cpu" and k.dtype == q.dtype and q.shape[2] <= FEW_ROWS  # reads keys in order
+    pieces = [(piece @ q.mT).mT if turned else q @ piece.mT for piece in cast_pieces(k, q.dtype)]
+    scores = torch.cat(pieces, dim=3).float() * scale
     return scores if bias is None else scores + bias
 
 
@@ -301,9 +299,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
     """Attention of q (B, H, T, D) over one set of keys k and values v (B, G, S, D). H is a multiple of G.
 
     real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
-    be of another dtype than q, and padded as by `store`. Fused kernels compute it, where one returns the log-sum-exp; else the
-    formula, `rows` rows of scores at once at most: with gradients; on a GPU in float32, on an old card, or with padding where it
-    is not cuDNN that computes; on a CPU few queries whose keys must be cast, or where MKL is slow.
+    be of another dtype than q, and padded as by `store`. A fused kernel computes it where there is one that returns the
+    log-sum-exp. Otherwise the formula does, at most `rows` rows of scores at once: with gradients; on a GPU in float32, before
+    Ampere, or with padding that cuDNN does not take; on a CPU for few queries, where keys must be cast or MKL is slow.
     """
     B, H, T, D = q.shape
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
@@ -311,7 +309,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
     fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
     by_cudnn = fused and has_cudnn(q, k)  # asked before queries of several heads are folded into one
     q, bias = fold(q, k), padding_bias(real, q.dtype)
-    plainly = q.shape[2] <= FEW_ROWS and (MKL_IS_SLOW or k.dtype != q.dtype)  # a CPU reads keys faster so
+    plainly = q.shape[2] <= FEW_ROWS and (MKL_IS_SLOW or k.dtype != q.dtype)  # on a CPU: the formula reads keys faster
 
     if fused and q.device.type == "cpu" and not plainly:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -356,13 +354,13 @@ def merge(a: Attended, b: Attended) -> Attended:
 
 # -------------------------------------------------------------------------------------------- What a layer attends to
 #
-# `LocalCache.attend` and `cross_batch_attention` are each given a layer's new queries, keys, values and unrotated keys, and
-# return what the queries got, (B, H, T, D).
+# `LocalCache.append_and_attend` and `cross_batch_attention` are each given a layer's new queries, keys, values and unrotated
+# keys, and return what the queries got, (B, H, T, D).
 
 
 def float8_scale(x: Tensor) -> Tensor:
-    """What to divide keys or values by to store them as float8, from the first ones x (B, G, n, D): (B, G, 1, 1). A power of two
-    for each head, which rounds nothing, puts their largest number at 1/2 to 1; float8 keeps all digits from 2**-6 to 448."""
+    """What keys or values are divided by to be stored as float8, (B, G, 1, 1), from the first of them, x (B, G, n, D): for each
+    head the power of two that puts the largest at 1/2 to 1. It rounds nothing, and float8 keeps all its digits up to 448."""
     largest = x.detach().float().abs().amax(dim=(2, 3), keepdim=True)
     return torch.where(largest > 0, largest, 1).log2().ceil().exp2()
 
@@ -375,8 +373,8 @@ def stream(blocks: list[tuple[Tensor, Tensor]], device: torch.device) -> Iterato
         return
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     buffers = blocks[0][0].new_empty(2, 2, max(k.numel() for k, _ in blocks), device=device)
-    used = [torch.cuda.Event(), torch.cuda.Event()]  # to wait for one that was never recorded is no wait
-    copying.wait_stream(computing)  # which may still compute with what was in the buffers' place
+    used = [torch.cuda.Event(), torch.cuda.Event()]  # waiting for one that was never recorded returns at once
+    copying.wait_stream(computing)  # which may still use the memory that the buffers now take
     for i, block in enumerate(blocks):
         with torch.cuda.stream(copying):  # computing with block i - 1 is queued by now, and goes on
             copying.wait_event(used[i % 2])
@@ -399,7 +397,7 @@ class Memory:
     """
 
     BLOCK = 32768  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
-    merge = staticmethod(merge)  # in whose place a captured step has a compiled one, see generate.py
+    merge = staticmethod(merge)  # a captured step has a compiled one in its place: StepContext in generate.py
 
     def __init__(self, config: LongLlamaConfig):
         self.dtype, self.grouping, self.topk = getattr(torch, config.mem_dtype), config.mem_attention_grouping, config.mem_topk
@@ -414,15 +412,12 @@ class Memory:
         device, dtype, grad = self.device or k.device, self.dtype, torch.is_grad_enabled()
         self.length += k.shape[2]
         if dtype == torch.float8_e4m3fn:
-            require(not k.requires_grad, "float8 memory has no gradients: read under torch.no_grad()")
             self.scales = self.scales or [float8_scale(k), float8_scale(v)]
             k, v = ((x / scale).clamp(-448, 448) for x, scale in zip((k, v), self.scales))
         self.blocks = list(self.blocks)  # forks share the old list
-        if grad:
-            self.room = ()
         for new in zip(k.split(self.BLOCK, dim=2), v.split(self.BLOCK, dim=2)):
             tokens = new[0].shape[2]
-            if self.room and self.blocks[-1][0].shape[2] + tokens <= self.room[0].shape[2]:
+            if self.room and not grad and self.blocks[-1][0].shape[2] + tokens <= self.room[0].shape[2]:
                 start = self.blocks.pop()[0].shape[2]
                 tokens += start
                 for room, x in zip(self.room, new):
@@ -457,7 +452,7 @@ class Memory:
         if self.topk is None:
             return reduce(self.merge, (attend(q, *block, rows=rows) for block in self.blocks_on(q.device, real)))
         K = min(self.topk, self.length)
-        rows = max(min(rows, GATHERED // (B * H * K * D)), 1)  # memory that is streamed comes by once for each part
+        rows = max(min(rows, GATHERED // (B * H * K * D)), 1)  # streamed memory is copied anew for each part
         parts = [attend_topk(part, self.blocks_on(q.device, real), K) for part in q.split(rows, dim=2)]
         return tuple(torch.cat(x, dim=2) for x in zip(*parts))
 
@@ -476,7 +471,7 @@ class LocalCache:
         self.config, self.memory, self.rotates = config, memory, rotates
         self.tensors, self.length = [], 0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: Tensor | None) -> Tensor:
+    def append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: Tensor | None) -> Tensor:
         """T new tokens join the local context. They attend with one softmax to it and, in a memory layer, to all of memory
         (paper, section 3.1). real: (B, 1, tokens in memory and local context, 1), see `attend`."""
         k, v = self.append([k, v] if self.memory is None else [k, v, unrotated])
@@ -495,12 +490,9 @@ class LocalCache:
         """Adds n tokens, what `tensors` holds of them, (B, G, n, D) each; returns all rotated keys, and values."""
         old, start = self.filled(), self.length
         self.length += new[0].shape[2]
-        if torch.is_grad_enabled():  # autograd keeps the earlier tensors, which must not be overwritten
-            self.tensors = [torch.cat((x[..., : y.shape[3]], y), dim=2) for x, y in zip(old, new)] if old else new
-            return self.tensors[:2]
-        if not old or self.length > self.tensors[0].shape[2]:
-            window = self.config.max_position_embeddings
-            capacity = window if self.length <= window else self.length + start
+        window, grad = self.config.max_position_embeddings, torch.is_grad_enabled()
+        if grad or not old or self.length > self.tensors[0].shape[2]:  # what autograd keeps must not be written into
+            capacity = self.length if grad else window if self.length <= window else self.length + start
             self.tensors = [store(x, capacity, x[-1].dtype, x[-1].device) for x in (zip(old, new) if old else zip(new))]
         else:
             for tensor, x in zip(self.tensors, new):
@@ -512,7 +504,7 @@ class LocalCache:
 
     def restart(self, keep: int):
         """All but the newest `keep` tokens move into memory, or are forgotten; those stay, at positions from 0 on."""
-        if not self.tensors:  # above the last memory layer, of a prefix
+        if not self.tensors:  # a prefix leaves no local context above the last memory layer
             return
         moved, D = self.length - keep, self.config.head_dim
         old, kept = zip(*(x[..., :D].split((moved, keep), dim=2) for x in self.filled()))
@@ -552,17 +544,9 @@ class Cache:
     def memory_bytes(self) -> int:
         return sum(x.nbytes for layer in self.layers if layer.memory for block in layer.memory.blocks for x in block)
 
-    def note_padding(self, B: int, T: int, real: Tensor | None):
-        """Notes which of T more tokens are `real`, (B, 1, T, 1), and not padding; None: all."""
-        if real is not None and self.real is None:
-            self.real = real.new_ones(B, 1, self.memory_length + self.local_length, 1)
-        if self.real is not None:
-            new = self.real.new_ones(B, 1, T, 1) if real is None else real
-            self.real = torch.cat((self.real, new), dim=2)
-
     def restart(self, keep: int = 0):
-        """The local context ends, and the next starts at position 0: of all but the newest `keep` tokens, which stay local,
-        memory layers remember keys and values, and the other layers nothing."""
+        """The next local context starts at position 0. All but the newest `keep` tokens leave this one: into memory in memory
+        layers, for good in the others. Those kept get positions 0, 1, ..."""
         moved = self.local_length - keep
         if moved > 0:
             for layer in self.layers:
@@ -664,7 +648,7 @@ class Block(nn.Module):
 class Piece(NamedTuple):  # new tokens start to stop - 1, which join the local context
     start: int
     stop: int
-    keep: int  # so many of the local context's newest tokens stay local when the piece begins; the others move into memory
+    keep: int  # this many of the newest local tokens stay local when the piece begins; the others move into memory
 
 
 def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[Piece]:
@@ -695,7 +679,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_k is not None:
         logits[:, top_k:] = -torch.inf
     probs = logits.softmax(dim=-1)
-    if top_p is not None:  # an id stays while the likelier ones fall short of top_p; so the first always does
+    if top_p is not None:  # an id stays if those likelier sum to less than top_p: the first always does
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=rng)).squeeze(-1)
 
@@ -703,13 +687,26 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 # --------------------------------------------------------------------------------------------------------- Loading
 
 
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The file of weights in a Hugging Face folder, or else the shards that its index names. They must lie beside it."""
+    whole, index = folder / name, folder / f"{name}.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [shard for shard in shards if Path(shard).name != shard]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{index} is broken: it must have a weight_map of tensor names to file names") from None
+    require(not outside, f"{index} names a file outside of its folder, which is not followed: {outside[:1]}")
+    return [folder / shard for shard in shards]
+
+
 def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     """Name -> (file, shape, dtype such as "BF16") of the tensors in model.safetensors, or its shards; none is read."""
-    whole, index, found = folder / "model.safetensors", folder / "model.safetensors.index.json", {}
-    sharded = index.is_file() and not whole.is_file()
-    for path in (folder / name for name in (shard_names(index) if sharded else [whole.name])):
+    found = {}
+    for path in weight_files(folder, "model.safetensors"):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: if the weights are pytorch_model.bin files, run convert.py first")
+            raise FileNotFoundError(f"{path} is missing: get it, or run convert.py if the weights are pytorch_model.bin files")
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in sorted(file.keys()) if not name.endswith("rotary_emb.inv_freq")}
@@ -717,17 +714,6 @@ def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
         except SafetensorError as error:
             raise ValueError(f"{path} is broken or cut short ({error}): get it again") from None
     return found
-
-
-def shard_names(index: Path) -> list[str]:
-    """The files that a Hugging Face weight index names. They must lie beside it."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f"{index} is broken: it must have a weight_map of tensor names to file names") from None
-    require(not outside, f"{index} names a file outside of its folder, which is not followed: {outside[:1]}")
-    return names
 
 
 # ----------------------------------------------------------------------------------------------------------- Model
@@ -771,21 +757,25 @@ class LongLlama(nn.Module):
         require(T > 0, "input_ids must hold at least one token; an empty text starts from the bos token")
         require(is_count(last), f"last_context_length must be at least 1, not {last!r}")
         require(logits_to_keep >= 0, f"logits_to_keep must be at least 0, not {logits_to_keep}")
+        float8 = self.config.mem_layers and self.config.mem_dtype == "float8_e4m3fn"
+        require(not (float8 and torch.is_grad_enabled()), "float8 memory has no gradients: read under torch.no_grad()")
         fits = self.config.mem_layers or length <= window
         require(fits, f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
         require(cache.batch_size in (None, B), f"input_ids has {B} rows, and the cache has {cache.batch_size}")
-        real = None
         if attention_mask is not None:
             require(attention_mask.shape == (B, T), f"attention_mask must be {(B, T)}, not {tuple(attention_mask.shape)}")
-            real = None if attention_mask.all() else attention_mask.bool()[:, None, :, None]  # (B, 1, T, 1)
 
         cache.batch_size = B
+        if cache.real is not None or (attention_mask is not None and not attention_mask.all()):  # padding, before or now
+            before, now = cache.real, torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if before is None:
+                before = now.new_ones(B, 1, cache.memory_length + cache.local_length, 1)
+            cache.real = torch.cat((before.bool(), now.bool()[:, None, :, None]), dim=2)
         first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
         hidden = []
         pieces = split_into_windows(T, last, cache, self.config)
         for (start, stop, keep), following in zip(pieces, [*pieces[1:], None]):
             cache.restart(keep)
-            cache.note_padding(B, stop - start, None if real is None else real[:, :, start:stop])
             only_remember = following is not None and following.keep == 0 and stop <= first
             x = self.read(input_ids[:, start:stop], cache, only_remember)
             if stop > first:
@@ -798,17 +788,21 @@ class LongLlama(nn.Module):
         T = input_ids.shape[1]
         rope = rope_table(cache.local_length, T, self.config, input_ids.device)
         cache.local_length += T
-        x = self.embed_tokens(input_ids)
+        x, real = self.embed_tokens(input_ids), cache.real
+        if real is not None:  # without what this call reads after these tokens
+            real = real[:, :, : cache.memory_length + cache.local_length]
         for i, (layer, context) in enumerate(zip(self.layers, cache.layers)):
             if only_remember and i == max(self.config.mem_layers):
                 context.append(list(layer.project(x, rope)[1:]))
                 break
-            x = layer(x, rope, partial(context.attend, real=cache.real))
+            x = layer(x, rope, partial(context.append_and_attend, real=real))
         return x
 
     def forward_cross_batch(self, input_ids: Tensor, extra: list[int]) -> Tensor:
         """FoT training: input_ids (B, T) -> logits (B, T, V). Entries are local contexts, without caches; in the memory
         layers entry b also sees the extra[b] entries before it, see `cross_batch_extra`."""
+        fits = len(extra) == len(input_ids) and all(0 <= n <= b for b, n in enumerate(extra))
+        require(fits, f"extra must say how many of the entries before it each of {len(input_ids)} entries sees, not {extra}")
         rope = rope_table(0, input_ids.shape[1], self.config, input_ids.device)
         x = self.embed_tokens(input_ids)
         for i, layer in enumerate(self.layers):
@@ -836,7 +830,7 @@ class LongLlama(nn.Module):
         rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
-            with torch.inference_mode():  # faster than no_grad; ids are drawn outside of it, and so are ordinary tensors
+            with torch.inference_mode():  # faster than no_grad; ids are drawn outside of it, to be ordinary tensors
                 logits, cache = self(input_ids, cache, attention_mask, last_context_length, logits_to_keep=1)
             ids = sample(logits[:, -1].float(), temperature, top_k, top_p, rng).masked_fill(ended, self.config.pad_token_id)
             yield ids
@@ -865,9 +859,8 @@ class LongLlama(nn.Module):
     def check_shapes(self, found: dict[str, list[int]], where: Path):
         """Raises ValueError where the tensors found, name -> shape, are not those of this model."""
         right = {name: list(tensor.shape) for name, tensor in self.hf_tensors().items()}
-        if self.config.tie_word_embeddings:
-            found = {name: shape for name, shape in found.items() if name != "lm_head.weight"}
-        wrong = sorted(name for name in found.keys() | right if found.get(name) != right.get(name))
+        names = (found.keys() | right) - ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
+        wrong = sorted(name for name in names if found.get(name) != right.get(name))
         listed = [f"{name} is {found.get(name, 'missing')}, not {right.get(name, 'expected')}" for name in wrong[:3]]
         require(not wrong, f"{where}: weights and config.json differ in {len(wrong)} tensors: {'; '.join(listed)}")
 

@@ -29,10 +29,10 @@ class Tokenizer:
         self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no <s> or no </s>: it is no tokenizer of a LLaMA")
-        # What decoding drops where a text starts: no space, the one that encoding put there, or the space of piece after piece.
+        # How many leading spaces decoding drops: none, the one that encoding put there, or all.
         letter, space = self.sp.piece_to_id("a"), self.sp.piece_to_id(SPACE)
-        self.drops_leading_space = self.sp.decode([space, letter]) == "a"
-        self.drops_leading_spaces = self.sp.decode([space, space, letter]) == "a"
+        self.drops_one_space = self.sp.decode([space, letter]) == "a"
+        self.drops_all_spaces = self.sp.decode([space, space, letter]) == "a"
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         return [self.bos_id] * bos + self.sp.encode(text) + [self.eos_id] * eos
@@ -54,7 +54,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, continues: bool = False):
         self.tokenizer = tokenizer
-        self.drops_space = tokenizer.drops_leading_space and not continues
+        self.drops_space = tokenizer.drops_one_space and not continues
         self.pending = b""  # the first bytes of a character
 
     def feed(self, i: int) -> str:
@@ -65,7 +65,7 @@ class StreamDecoder:
             self.drops_space = False
             return self._feed_byte(bytes([int(piece[1:-1], 16)]))  # <0x0A>
         if self.drops_space:
-            self.drops_space = self.tokenizer.drops_leading_spaces and piece == SPACE
+            self.drops_space = self.tokenizer.drops_all_spaces and piece == SPACE
             piece = piece.removeprefix(SPACE)
         return self.flush() + piece.replace(SPACE, " ")
 

@@ -275,7 +275,7 @@ def measure_growth(args: argparse.Namespace, T: int, name: str, mem_dtype: str) 
     return peak() - before
 
 
-def growth(*line) -> int | None:
+def growth_alone(*line) -> int | None:
     """`measure_growth` in a fresh process; None if it does not fit."""
     ends_at_once = (signal.SIGINT, signal.SIG_DFL)  # by Ctrl-C, which this process is waiting for
     with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ends_at_once) as pool:
@@ -343,7 +343,7 @@ def run(args: argparse.Namespace):
     grown, runs, peaks = {}, defaultdict(list), []
     for line in lines:  # first, while this process is small: a child's peak begins at its parent's
         print("memory:", *line, file=sys.stderr)
-        grown[line] = growth(args, *line)
+        grown[line] = growth_alone(args, *line)
     model = bench_model(args)
     for variant in variants[len(args.mem_dtype) :]:
         check(*variant, model)

@@ -258,7 +258,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--top-k", type=number(int, 1), metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=number(float, 0, 1, above=True), metavar="P", help="draw from the likeliest of probability P")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="of every answer")
-    add("--last-context-length", type=number(int, 1), metavar="N", help="so many last tokens of a text stay local")
+    add("--last-context-length", type=number(int, 1), metavar="N", help="this many tokens at a text's end stay local")
     add(
         "--keep-local", type=number(int, 0), metavar="N", help="when the window is full, its newest N tokens stay local"
     )

@@ -37,7 +37,7 @@ from tokenizer import Tokenizer
 INDEXES = ("flat", "hnsw", "ivf")
 LINKS = 32  # of a token in HNSW's graph
 TRAINED_FROM = 2048  # tokens: k-means wants about 40 for each of its sqrt(n) lists, so n = 40**2 at least
-GROWN = 4  # IVF's lists are made anew when memory is so many times as large
+GROWN = 4  # IVF's lists are made anew when memory is this many times as large
 
 
 def import_faiss():

@@ -38,9 +38,9 @@ from generate import (
 from longllama import MEM_DTYPES, Cache, LocalCache, LongLlama, LongLlamaConfig, Memory, fold, score
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
-HEAVY = 64  # so many heaviest tokens are grouped into passages
+HEAVY = 64  # this many of the heaviest tokens are grouped into passages
 GAP = 16  # heavy tokens at most so far apart are one passage ...
-LONGEST = 64  # ... unless it gets longer than so many tokens
+LONGEST = 64  # ... unless it gets longer than this many tokens
 CONTEXT = 12  # tokens of text shown on either side of a passage
 WORD = 8  # tokens that a word is taken to have at most
 TAIL = 24  # last tokens of the prompt, shown before the generated ones
@@ -54,9 +54,9 @@ class RecordingContext(LocalCache):
 
     query: Tensor | None = None  # (1, H, 1, D)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: Tensor | None) -> Tensor:
+    def append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: Tensor | None) -> Tensor:
         self.query = q[:, :, -1:].clone()  # a clone, so that the other queries are freed
-        return super().attend(q, k, v, unrotated, real)
+        return super().append_and_attend(q, k, v, unrotated, real)
 
 
 class RecordingMemory(Memory):
@@ -667,8 +667,10 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=20, metavar="N", help="default 20")
     parser.add_argument("--temperature", type=number(float, 0), default=0, metavar="X", help="0: always the likeliest")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
-    parser.add_argument("--last-context-length", type=number(int, 1), metavar="N", help="so many last stay local")
-    parser.add_argument("--keep-local", type=number(int, 0), metavar="N", help="of a full window, so many stay local")
+    parser.add_argument(
+        "--last-context-length", type=number(int, 1), metavar="N", help="this many at the end stay local"
+    )
+    parser.add_argument("--keep-local", type=number(int, 0), metavar="N", help="of a full window, this many stay local")
     parser.add_argument("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")
     parser.add_argument("--mem-topk", type=number(int, 1), metavar="K", help="attend to the K best of memory only")
     parser.add_argument("--top", type=number(int, 1), default=3, metavar="N", help="passages for each token and layer")

@@ -16,7 +16,7 @@ from tokenizer import Tokenizer
 
 STYLES = ("text", "grass", "mixed")  # of filler
 KEYED, OTHERS = ("dense", "passkey"), ("text", "filler")  # kinds of document: with a pass key in them, and without
-HELD_OUT = 16  # every so many-th document is kept for validation
+HELD_OUT = 16  # one document in this many is kept for validation
 BOOK = "moby_dick_091.txt"  # tiny/book.txt, which is kept too, whatever other documents there are
 
 

@@ -52,7 +52,7 @@ def main():
     parser.add_argument(
         "--windows", type=number(int, 0), nargs="+", default=[0, 1, 4, 16, 64], help="windows of memory"
     )
-    parser.add_argument("--stride", type=number(int, 1), default=4, help="take every so many-th window")
+    parser.add_argument("--stride", type=number(int, 1), default=4, help="take one window in this many")
     args = parser.parse_args()
     with ending_well(parser):
         files = held_out(text_files(args.data))
