@@ -139,22 +139,25 @@ class LongLlamaConfig:
 Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_table`
 # On x86, torch multiplies float32 with Intel's MKL, which is slow on AMD's processors: there torch's other ways are faster.
 MKL_IS_SLOW = torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
+HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)  # Intel's matrix unit, for bfloat16
 PARTS = 16  # where MKL is slow, a weight is read as this many blocks of rows, which the cores share
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in), weight (out, in) -> (..., out): F.linear, but for three cases on a CPU where another of torch's ways is
-    faster. The product is the same, up to rounding."""
+    """x (..., in), weight (out, in) -> (..., out): F.linear, but for cases on a CPU where another of torch's ways is faster. The
+    product is the same, up to rounding."""
     if x.device.type != "cpu":
         return F.linear(x, weight)
     rows, size = weight.shape
     one, onednn = x.numel() == size, torch.backends.mkldnn  # a single token; oneDNN's old name
-    if MKL_IS_SLOW and x.dtype == torch.float32 and one and rows % PARTS == 0:  # a batch of weights is read at full speed
+    if MKL_IS_SLOW and x.dtype == torch.float32 and one and rows % PARTS == 0:  # a batch of matrices is read at full speed
         column = x.reshape(1, 1, size).expand(PARTS, 1, size).mT
         return (weight.view(PARTS, -1, size) @ column).view(*x.shape[:-1], rows)
     if not torch.compiler.is_compiling() and onednn.is_available() and onednn.enabled:
         if MKL_IS_SLOW and x.dtype == torch.float32 and not torch.is_grad_enabled():  # oneDNN's operator has no gradient
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        if x.dtype == torch.bfloat16 and one and HAS_AMX:  # a matrix times a column, where F.linear has a row times a matrix
+            return torch.mv(weight, x.flatten()).view(*x.shape[:-1], rows)
         if x.dtype == torch.bfloat16 and one:  # oneDNN, which torch takes for bfloat16, reads a weight slower than torch's own
             onednn.enabled = False
             try:

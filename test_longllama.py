@@ -50,6 +50,7 @@ def expected():
 def mkl(request, monkeypatch):
     """Once as on Intel's processors and once as on AMD's, whatever this one is."""
     monkeypatch.setattr(longllama, "MKL_IS_SLOW", request.param)
+    monkeypatch.setattr(longllama, "HAS_AMX", not request.param)
 
 
 @pytest.fixture(scope="session")
