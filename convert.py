@@ -73,9 +73,13 @@ def load_bin(path: Path) -> dict[str, Tensor]:
             f"{path} is missing: --input needs model.safetensors or pytorch_model.bin, or their shards"
         )
     tensors = load_pickled(path)
-    if not isinstance(tensors, dict) or not all(getattr(x, "dtype", None) in DTYPES.values() for x in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and is_weight(x) for name, x in tensors.items()):
         raise ValueError(f"{path} is not a dictionary of float32, bfloat16 or float16 tensors")
     return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def is_weight(x) -> bool:
+    return isinstance(x, Tensor) and x.dtype in DTYPES.values() and x.layout == torch.strided and not x.is_meta
 
 
 def load_pickled(path: Path):
@@ -156,10 +160,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     if target.exists() and target.samefile(source):
         raise ValueError("--output is the --input folder: name another one")
     config = LongLlamaConfig.from_json(source / "config.json")
-    with torch.device("meta"):
-        model = LongLlama(config)
     weights = read_weights(source)
-    model.check_shapes({name: shape for name, (shape, _, _) in weights.items()}, source)
+    model = LongLlama.without_storage(config, {name: shape for name, (shape, _, _) in weights.items()}, source)
     wanted = model.hf_tensors()  # not the copy that tied weights may come with; and in the order of the files
     weights = {name: weight for name, weight in weights.items() if name in wanted}
     saved = dtype or next(iter(weights.values()))[1]

@@ -153,6 +153,14 @@ def check_new_file(flag: str, path: Path):
         raise ValueError(f"{flag} {path}: name a file, not a folder or device, in a folder that exists")
 
 
+def decode_utf8(data: bytes, name: str) -> str:
+    """The text, without the mark that some editors begin a file with. Raises ValueError, with the name of where it is from."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from None
+
+
 def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # how Python keeps other bytes
@@ -162,13 +170,9 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise ValueError("--prompt-file -: standard input is closed")
     try:
         data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-        return data.decode("utf-8-sig")  # without the mark that some editors begin a file with
     except OSError as error:
         raise ValueError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--prompt-file {args.prompt_file} is not UTF-8 text (byte {error.start}): convert it first"
-        ) from None
+    return decode_utf8(data, f"--prompt-file {args.prompt_file}")
 
 
 def load(folder: Path, device: torch.device, dtype: str = "auto", **overrides) -> tuple[LongLlama, Tokenizer]:

@@ -123,6 +123,7 @@ class LongLlamaConfig:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             require(isinstance(raw, dict), "must be a JSON object")
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            require(isinstance(rope, dict), "rope_parameters or rope_scaling must be a JSON object")
             raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
             raw["rope_type"] = rope.get("rope_type", rope.get("type"))
             config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
@@ -675,7 +676,8 @@ def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: torch.Generator | None) -> Tensor:
-    """One id for each row of logits (B, V), float32 -> (B,)."""
+    """One id for each row of logits (B, V), float32 -> (B,). Raises ValueError for logits that are no numbers."""
+    require(bool(logits.isfinite().all()), "logits are no finite numbers: weights are damaged, or overflow this dtype")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = (logits / temperature).sort(dim=-1, descending=True)
@@ -849,23 +851,27 @@ class LongLlama(nn.Module):
         FileNotFoundError or ValueError, naming the file, the field or the tensor."""
         folder = Path(folder)
         config = LongLlamaConfig.from_json(folder / "config.json", **config_overrides)
-        with torch.device("meta"):  # shapes without storage: they are compared before any is taken
-            model = cls(config)
         found = find_weights(folder)
-        model.check_shapes({name: shape for name, (_, shape, _) in found.items()}, folder)
+        model = cls.without_storage(config, {name: shape for name, (_, shape, _) in found.items()}, folder)
         model = model.to(dtype).to_empty(device=device)
         for name, tensor in model.hf_tensors().items():
             with safe_open(found[name][0], framework="pt", device=str(device)) as file:
                 tensor.copy_(file.get_tensor(name))
         return model.eval()
 
-    def check_shapes(self, found: dict[str, list[int]], where: Path):
-        """Raises ValueError where the tensors found, name -> shape, are not those of this model."""
-        right = {name: list(tensor.shape) for name, tensor in self.hf_tensors().items()}
-        names = (found.keys() | right) - ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
+    @classmethod
+    def without_storage(cls, config: LongLlamaConfig, found: dict[str, list[int]], where: Path) -> "LongLlama":
+        """A model that has shapes only. Raises ValueError where the tensors found, name -> shape, are not those of the model."""
+        layers = config.num_hidden_layers
+        require(layers <= len(found), f"{where}: config.json has {layers} layers, and there are {len(found)} tensors in all")
+        with torch.device("meta"):
+            model = cls(config)
+        right = {name: list(tensor.shape) for name, tensor in model.hf_tensors().items()}
+        names = (found.keys() | right) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
         wrong = sorted(name for name in names if found.get(name) != right.get(name))
         listed = [f"{name} is {found.get(name, 'missing')}, not {right.get(name, 'expected')}" for name in wrong[:3]]
         require(not wrong, f"{where}: weights and config.json differ in {len(wrong)} tensors: {'; '.join(listed)}")
+        return model
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """The weights under Hugging Face's names: views, since q, k, v and gate, up are one matrix each here, for speed."""

@@ -1138,6 +1138,8 @@ class Exploit:
         "empty",
         "text",
         "no_dictionary",
+        "no_names",
+        "sparse",
         "shard_outside",
         "broken_index",
         "missing",
@@ -1159,6 +1161,10 @@ def test_conversion_refuses_bad_input_in_one_line(damage, tmp_path, capsys, monk
         weights.write_text("" if damage == "empty" else "version https://git-lfs.github.com/spec/v1")
     elif damage == "no_dictionary":
         torch.save([1, 2], weights)
+    elif damage == "no_names":
+        torch.save({1: torch.ones(2)}, weights)
+    elif damage == "sparse":
+        torch.save({"model.norm.weight": torch.ones(2).to_sparse()}, weights)
     elif damage == "shard_outside":
         index.write_text(index.read_text().replace("pytorch_model-00001", "../pytorch_model-00001"))
     elif damage == "broken_index":
@@ -1373,7 +1379,8 @@ def test_mistakes_in_flags_get_one_line_and_status_2(flags, capsys, tmp_path, mo
     [
         ("config_broken", "config.json"), ("config_list", "config.json"), ("mem_layer_99", "mem_layers"),
         ("weights_cut", "cut short"),
-        ("weights_missing", "model.safetensors"), ("weights_misshapen", "differ"),
+        ("weights_missing", "model.safetensors"), ("weights_misshapen", "differ"), ("weights_nan", "no finite numbers"),
+        ("many_layers", "100000000 layers"), ("rope_no_object", "rope_parameters"),
         ("tokenizer_missing", "tokenizer.model"),
         ("tokenizer_broken", "tokenizer.model"), ("tokenizer_no_bos", "no <s>"),
         ("tokenizer_too_large", "tokenizer has"), ("shard_outside", "outside"),
@@ -1397,6 +1404,12 @@ def test_broken_models_get_one_line_and_status_2(damage, named, capsys, tmp_path
         weights.unlink()
     elif damage == "weights_misshapen":
         config.write_text(json.dumps(raw | {"intermediate_size": 360}))
+    elif damage == "weights_nan":
+        save_file({name: x * math.nan for name, x in load_file(weights).items()}, weights)
+    elif damage == "many_layers":
+        config.write_text(json.dumps(raw | {"num_hidden_layers": 10**8}))
+    elif damage == "rope_no_object":
+        config.write_text(json.dumps(raw | {"rope_scaling": "linear"}))
     elif damage == "tokenizer_missing":
         (tmp_path / "tokenizer.model").unlink()
     elif damage == "tokenizer_broken":

@@ -344,6 +344,8 @@ def run(args: argparse.Namespace):
     for line in lines:  # first, while this process is small: a child's peak begins at its parent's
         print("memory:", *line, file=sys.stderr)
         grown[line] = growth_alone(args, *line)
+    if all(growth is None for growth in grown.values()):
+        raise ValueError("nothing of that fits into memory: try a shorter --prompt-tokens, or a smaller --batch")
     model = bench_model(args)
     for variant in variants[len(args.mem_dtype) :]:
         check(*variant, model)

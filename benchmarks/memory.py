@@ -26,7 +26,7 @@ from evaluate import perplexity
 
 from convert import ending_well
 from examples.passkey import GRASS, measure, parse_length, prompt_ids, share, short
-from generate import TINY, add_model_flags, listed, load, number, pick_device
+from generate import TINY, add_model_flags, decode_utf8, listed, load, number, pick_device
 from longllama import MEM_DTYPES, Cache, LongLlama
 
 WINDOWS = 64  # of memory, for perplexity
@@ -58,7 +58,7 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     for mem_dtype, mem_topk in variants:
         model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
         models[mem_dtype, mem_topk] = model
-    book = tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False)
+    book = tokenizer.encode(decode_utf8(args.text.read_bytes(), f"--text {args.text}"), bos=False)
     fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}
     prompt = prompt_ids(tokenizer, args.length, 0.3, "71428", book, torch.Generator().manual_seed(args.seed))
     found = {}
@@ -109,7 +109,9 @@ def overflow_table(args: argparse.Namespace) -> list[list[str]]:
     for keep in (*args.keep_local, None):
         print("no overflow" if keep is None else f"keep_local {keep}", file=sys.stderr)
         model, tokenizer = load(args.model, args.device, args.dtype, keep_local=keep)
-        book = torch.tensor(tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False), device=args.device)
+        book = torch.tensor(
+            tokenizer.encode(decode_utf8(args.text.read_bytes(), f"--text {args.text}"), bos=False), device=args.device
+        )
         losses = losses_after_overflow(model, book, kept=keep is None)
         rows.append(["no overflow" if keep is None else str(keep)])
         rows[-1] += [f"{losses[:, a:b].mean().exp():.1f}" for a, b in zip(starts, SINCE)]

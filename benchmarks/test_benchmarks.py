@@ -53,6 +53,11 @@ def test_each_implementation_gets_a_line_of_numbers():
         assert abs(growth - memory - rest) < 0.2 and weights > 5
 
 
+def test_what_does_not_fit_is_said():
+    done = run("bench.py", "--shape", "tiny", "--device", "cpu", "--prompt-tokens", "99999999M", "--compare", "")
+    assert done.returncode == 2 and done.stdout == "" and "nothing of that fits" in done.stderr
+
+
 def test_an_implementation_that_computes_something_else_is_not_timed(monkeypatch):
     model = bench.random_model("tiny", CPU, torch.float32)
     with torch.no_grad():

@@ -21,7 +21,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from convert import UserError, ending_well, user_errors
-from generate import Progress, add_model_flags, check_new_file, load, load_memory, number, pick_device, save_memory
+from generate import (
+    Progress,
+    add_model_flags,
+    check_new_file,
+    decode_utf8,
+    load,
+    load_memory,
+    number,
+    pick_device,
+    save_memory,
+)
 from longllama import MEM_DTYPES, Cache, LongLlama
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -273,10 +283,7 @@ def run(args: argparse.Namespace) -> bool:
     sampling = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     if sys.stdin is None:
         raise ValueError("standard input is closed, and there the questions come from")
-    try:
-        document = args.read and args.read.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--read {args.read} is not UTF-8 text (byte {error.start}): convert it first") from None
+    document = args.read and decode_utf8(args.read.read_bytes(), f"--read {args.read}")
     flags, terminal = vars(args), sys.stdin.isatty()
     model, tokenizer = load(args.model, pick_device(args.device), args.dtype, **{name: flags[name] for name in config})
     chat = Conversation(model, tokenizer, FORMATS[args.format], args.fork, **{name: flags[name] for name in sampling})

@@ -664,7 +664,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add_prompt_flags(parser)
     add_model_flags(parser)
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=20, metavar="N", help="default 20")
+    parser.add_argument("--max-new-tokens", type=number(int, 1, 10**6), default=20, metavar="N", help="default 20")
     parser.add_argument("--temperature", type=number(float, 0), default=0, metavar="X", help="0: always the likeliest")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
     parser.add_argument(

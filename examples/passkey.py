@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from convert import ending_well
-from generate import TINY, add_model_flags, check_new_file, listed, load, number, pick_device
+from generate import TINY, add_model_flags, check_new_file, decode_utf8, listed, load, number, pick_device
 from longllama import LongLlama
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
@@ -192,7 +192,7 @@ def main():
             import_pyplot()  # a missing one is said now, not after the trials
             if args.picture.suffix not in (".png", ".svg", ".pdf"):
                 raise ValueError(f"--picture {args.picture}: name a .png, .svg or .pdf file")
-        text = " ".join(path.read_text(encoding="utf-8") for path in args.text)
+        text = " ".join(decode_utf8(path.read_bytes(), f"--text {path}") for path in args.text)
         trials, folders = [], {path.resolve(): path for path in args.model}
         names = [folder.name for folder in folders]
         try:

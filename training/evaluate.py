@@ -56,20 +56,14 @@ def main():
     args = parser.parse_args()
     with ending_well(parser):
         files = held_out(text_files(args.data))
-        print(
-            "| model | "
-            + " | ".join(f"{n} windows" for n in args.windows)
-            + " | tokens |\n"
-            + "| --- " * (len(args.windows) + 2)
-            + "|"
-        )
+        rows = [["model", *(f"{n} windows" for n in args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
         for folder in args.model:
             model, tokenizer = load(folder, pick_device(args.device), args.dtype)
             documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in files]
-            row = [perplexity(model, documents, n, max(args.windows), args.stride) for n in args.windows]
-            print(
-                f"| {folder.resolve().name} | " + " | ".join(f"{value:.2f}" for value, _ in row) + f" | {row[0][1]:,} |"
-            )
+            values = [perplexity(model, documents, n, max(args.windows), args.stride) for n in args.windows]
+            rows.append([folder.resolve().name, *(f"{value:.2f}" for value, _ in values), f"{values[0][1]:,}"])
+            print("\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
+            rows = []
 
 
 if __name__ == "__main__":

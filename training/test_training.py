@@ -156,6 +156,7 @@ def test_tuning_takes_the_tokenizer_beside_the_weights_and_goes_on_with_the_same
         (["--recipe", "nowhere.json"], "nowhere.json"),
         (["--init", "nowhere"], "nowhere"),
         (["--stop-after", "-3"], "-3"),
+        (["--output", __file__], "no folder"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_path, capsys, monkeypatch):

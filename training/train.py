@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import KEYED, OTHERS, Corpus
 
-from convert import ending_well, load_pickled, save_pretrained
+from convert import ending_well, load_pickled, replacing, save_pretrained
 from generate import check_vocabulary, number, pick_device
 from longllama import LongLlama, LongLlamaConfig, cross_batch_extra, is_count, require
 from tokenizer import Tokenizer
@@ -159,6 +159,7 @@ def losses(model: LongLlama, batch, extra: list[int], device: torch.device) -> t
 class Trainer:
     def __init__(self, args: argparse.Namespace):
         self.args, self.recipe = args, Recipe(args.recipe)
+        require(args.output.is_dir() or not args.output.exists(), f"--output {args.output} is no folder: name one")
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(args.device) if self.world > 1 else pick_device(args.device)
         if self.world > 1:
@@ -266,14 +267,17 @@ class Trainer:
             state = {"step": self.step, "recipe": json.dumps(self.recipe.raw), "made_with": self.made_with}
             state |= {"config": asdict(self.model.config), "model": model, "optimizer": optimizer}
             # The log first: steps in it that no checkpoint has are left out when the run is resumed.
-            self.log.write_text("".join(json.dumps(line) + "\n" for line in self.losses), encoding="utf-8")
-            temporary = self.args.output / "checkpoint.part"
-            torch.save(state, temporary)
-            temporary.replace(self.checkpoint)
+            with replacing(self.log) as unfinished:
+                unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.losses), encoding="utf-8")
+            with replacing(self.checkpoint) as unfinished:
+                try:
+                    torch.save(state, unfinished)
+                except RuntimeError:  # which is what torch makes of a failed write
+                    raise OSError("is the disk full?") from None
 
     def read_checkpoint(self) -> dict:
         if not self.checkpoint.is_file():
-            raise FileNotFoundError(f"{self.checkpoint} is missing: there is nothing to resume")
+            raise FileNotFoundError(f"{self.checkpoint} is missing: there is nothing to resume, so leave --resume out")
         state, parts = load_pickled(self.checkpoint), {"step", "recipe", "made_with", "config", "model", "optimizer"}
         fits = isinstance(state, dict) and parts <= set(state)
         require(fits, f"{self.checkpoint} is not a checkpoint of a training run")

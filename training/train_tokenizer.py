@@ -68,7 +68,7 @@ def main():
     args = parser.parse_args()
     with ending_well(parser):
         train(args.data, args.output, args.vocab_size)
-    print(f"wrote {args.output}")
+        print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
