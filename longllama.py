@@ -752,8 +752,9 @@ class LongLlama(nn.Module):
 
         attention_mask: (B, T), for the new tokens only; 0 is padding, on the left. last_context_length: instead of the
         config's. logits_to_keep: n > 0 gives the logits of the last n positions only, (B, n, V), and saves all work that
-        only the others need. Logits at padding are undefined. Raises ValueError where shapes or lengths do not fit. After any
-        other exception, Ctrl-C included, the cache is of no use: go on from a fork.
+        only the others need. Logits at padding are undefined. Reading without gradients ends those of what was read before.
+        Raises ValueError where shapes or lengths do not fit. After any other exception, Ctrl-C included, the cache is of no use:
+        go on from a fork.
         """
         (B, T), window = input_ids.shape, self.config.max_position_embeddings
         cache = Cache(self.config) if cache is None else cache
