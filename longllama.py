@@ -68,7 +68,7 @@ class LongLlamaConfig:
     mem_positionals: bool = True  # False: memory layers rotate nothing
     mem_dtype: str = "bfloat16"  # what memory is stored as; it is computed with in the model's dtype
     mem_attention_grouping: tuple[int, int] | None = None  # (heads, queries): at most their product of rows of scores at once
-    mem_topk: int | None = None  # a query attends to the K remembered tokens with the best keys; None: to all
+    mem_topk: int | None = None  # a query attends to this many remembered tokens, those with the best keys; None: all
     mem_device: str | None = None  # "cpu": memory is kept in main memory, and copied to a GPU in pieces, as it is used
     keep_local: int = 0  # when the window is full, this many of its newest tokens stay local
     tie_word_embeddings: bool = False
