@@ -6,6 +6,7 @@ Truth is the same ids fed to the model by hand, segment by segment.
 import io
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -351,7 +352,9 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends():
     try:
         wait_for(b"> ", b"half a line")
         wait_for(b"half a line", b"\x03")
-        while not select.select([outer], [], [], 1)[0]:  # readline misses what comes between its echo and its next wait
+        for _ in range(60):  # readline misses what comes between its echo and its next wait
+            if select.select([outer], [], [], 1)[0]:
+                break
             os.write(outer, b"\x03")
         wait_for(b"> ", b"Call me Ishmael.\x02\x02\x02\x02!\n")  # Ctrl-B moves back
         wait_for(b"!ael.", b"")
@@ -372,4 +375,5 @@ def take_terminal():
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever started the tests in the background may have it ignored
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
