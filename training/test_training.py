@@ -195,6 +195,15 @@ def test_training_does_not_overwrite_a_run_without_being_told(whole, recipe, fol
     assert done.returncode == 2 and "--resume" in done.stderr
 
 
+def test_a_checkpoint_without_all_weights_is_not_gone_on_from(whole, recipe, folder, tmp_path):
+    state = torch.load(whole / "checkpoint.pt", weights_only=True)
+    del state["model"]["norm.weight"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    shutil.copyfile(whole / "losses.jsonl", tmp_path / "losses.jsonl")
+    done, _ = train(recipe, folder, tmp_path, "--resume")
+    assert done.returncode == 2 and "has not the weights" in done.stderr
+
+
 def test_batches_depend_on_seed_and_step_alone(corpus):
     mix = {"text": 0.4, "dense": 0.3, "passkey": 0.3}
     a, b, c = (corpus.batch(seed, 4, 64, mix, [0, 1] * 4) for seed in ((0, 1, 0), (0, 1, 0), (0, 2, 0)))

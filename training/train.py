@@ -290,6 +290,8 @@ class Trainer:
         return state
 
     def go_on_from(self, state: dict):
+        whole = isinstance(state["model"], dict) and state["model"].keys() == self.model.state_dict().keys()
+        require(whole, f"{self.checkpoint} has not the weights of its model: start anew, without --resume")
         set_state_dict(
             self.model,
             self.optimizer,
