@@ -363,7 +363,7 @@ def statistics(cache: Cache, progress: Progress, T: int, times: list[float], dev
 
 
 def compile_layers(model: LongLlama):
-    """Compiles the layers as they are first used, all by one compilation; on a GPU, `Steps` then reads single tokens."""
+    """Compiles the layers as they are first used, once for all of them; on a GPU, `Steps` then reads single tokens."""
     torch._dynamo.config.recompile_limit = 64  # batch sizes, dtypes, with and without memory: each is compiled once
 
     def compiled(part: Callable) -> Callable:

@@ -157,7 +157,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and onednn.is_available() and onednn.enabled:
         if MKL_IS_SLOW and x.dtype == torch.float32 and not torch.is_grad_enabled():  # oneDNN's operator has no gradient
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        if x.dtype == torch.bfloat16 and one and HAS_AMX:  # a matrix times a column, where F.linear has a row times a matrix
+        if x.dtype == torch.bfloat16 and one and HAS_AMX:  # AMX is fastest with a matrix times a column
             return torch.mv(weight, x.flatten()).view(*x.shape[:-1], rows)
         if x.dtype == torch.bfloat16 and one:  # oneDNN, which torch takes for bfloat16, reads a weight slower than torch's own
             onednn.enabled = False

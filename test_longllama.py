@@ -353,6 +353,12 @@ def test_stepping_and_packing_follow_the_rule():
     assert cross_batch_extra(6, 0, packing=3) == [0] * 6
 
 
+@pytest.mark.parametrize("extra", [[0], [0, 1, 2], [1, 0], [0, -1]])
+def test_extra_contexts_that_there_are_not_are_refused(extra):
+    with pytest.raises(ValueError, match="extra must say"):
+        small_model().forward_cross_batch(torch.randint(61, (2, 8)), extra)
+
+
 @torch.no_grad()
 def test_training_shows_memory_layers_what_inference_remembers():
     """Chunks of one document that see all chunks before them get the logits of windows that are read one after another."""
@@ -1563,6 +1569,14 @@ def test_compiled_layers_give_the_same_text(capsys):
 
 
 # -------------------------------------------------------------------------------------------------------- Tiny model
+
+
+def test_a_pass_key_is_hidden_in_text_only(tmp_path, capsys):
+    from examples import passkey
+
+    (tmp_path / "book").write_bytes(b"caf\xe9")
+    assert run_main(passkey.main, "--text", tmp_path / "book") == 2
+    assert f"--text {tmp_path / 'book'} is not UTF-8 text (byte 3)" in one_line(capsys)
 
 
 def test_the_pass_key_table_has_a_row_for_each_model_and_is_printed_where_one_fails(tmp_path, capsys):

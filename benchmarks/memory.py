@@ -28,6 +28,7 @@ from convert import ending_well
 from examples.passkey import GRASS, measure, parse_length, prompt_ids, share, short
 from generate import TINY, add_model_flags, decode_utf8, listed, load, number, pick_device
 from longllama import MEM_DTYPES, Cache, LongLlama
+from tokenizer import Tokenizer
 
 WINDOWS = 64  # of memory, for perplexity
 BEFORE = 8  # windows read before an overflow
@@ -50,6 +51,10 @@ def read_and_write(model: LongLlama, ids: torch.Tensor) -> tuple[torch.Tensor, f
     return logits.float(), reading, median(times), cache.memory_bytes / cache.memory_length
 
 
+def read_book(path: Path, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode(decode_utf8(path.read_bytes(), f"--text {path}"), bos=False)
+
+
 def memory_table(args: argparse.Namespace) -> list[list[str]]:
     rows = [COLUMNS + [f"pass keys, {short(args.length)}", "read, s", "ms/token"]]
     exact = ("float32", None)
@@ -58,7 +63,7 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     for mem_dtype, mem_topk in variants:
         model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
         models[mem_dtype, mem_topk] = model
-    book = tokenizer.encode(decode_utf8(args.text.read_bytes(), f"--text {args.text}"), bos=False)
+    book = read_book(args.text, tokenizer)
     fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}
     prompt = prompt_ids(tokenizer, args.length, 0.3, "71428", book, torch.Generator().manual_seed(args.seed))
     found = {}
@@ -109,9 +114,7 @@ def overflow_table(args: argparse.Namespace) -> list[list[str]]:
     for keep in (*args.keep_local, None):
         print("no overflow" if keep is None else f"keep_local {keep}", file=sys.stderr)
         model, tokenizer = load(args.model, args.device, args.dtype, keep_local=keep)
-        book = torch.tensor(
-            tokenizer.encode(decode_utf8(args.text.read_bytes(), f"--text {args.text}"), bos=False), device=args.device
-        )
+        book = torch.tensor(read_book(args.text, tokenizer), device=args.device)
         losses = losses_after_overflow(model, book, kept=keep is None)
         rows.append(["no overflow" if keep is None else str(keep)])
         rows[-1] += [f"{losses[:, a:b].mean().exp():.1f}" for a, b in zip(starts, SINCE)]

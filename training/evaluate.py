@@ -63,7 +63,7 @@ def main():
             values = [perplexity(model, documents, n, max(args.windows), args.stride) for n in args.windows]
             rows.append([folder.resolve().name, *(f"{value:.2f}" for value, _ in values), f"{values[0][1]:,}"])
             print("\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
-            rows = []
+            rows = []  # the header came with the first row
 
 
 if __name__ == "__main__":

@@ -195,6 +195,22 @@ def test_training_does_not_overwrite_a_run_without_being_told(whole, recipe, fol
     assert done.returncode == 2 and "--resume" in done.stderr
 
 
+def test_a_full_disk_leaves_nothing_half_written(recipe, folder, tmp_path, capsys, monkeypatch):
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 17792 vs 17686")
+
+    monkeypatch.setattr(torch, "save", full)
+    output = tmp_path / "run"
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *map(str, ("--recipe", recipe, "--data", folder, "--output", output))]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "cannot be written: is the disk full?" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["losses.jsonl"]
+
+
 def test_a_checkpoint_without_all_weights_is_not_gone_on_from(whole, recipe, folder, tmp_path):
     state = torch.load(whole / "checkpoint.pt", weights_only=True)
     del state["model"]["norm.weight"]
