@@ -2,7 +2,7 @@
 
     pip install faiss-cpu
     python examples/knn_memory.py                                      # the tiny model, 16k tokens
-    python examples/knn_memory.py --length 64k --topk 64 --index flat hnsw
+    python examples/knn_memory.py --lengths 64k --topk 64 --index flat hnsw
 
 `FaissMemory` goes where `longllama.Memory` goes, in a model of any size, and into `generate.load_memory` too:
 
@@ -231,11 +231,13 @@ def main():
     parser.add_argument(
         "--model", type=Path, default=TINY, metavar="DIR", help="default: the tiny model that comes along"
     )
+    parser.add_argument("--lengths", type=parse_lengths, default=[1 << 14], help="of prompts, in tokens (default 16k)")
     parser.add_argument(
-        "--lengths", type=parse_lengths, default=[1 << 14], help="of prompts, in tokens, such as 16k,64k"
+        "--trials", type=number(int, 1), default=10, metavar="N", help="prompts of each length (default 10)"
     )
-    parser.add_argument("--trials", type=number(int, 1), default=10, metavar="N", help="prompts of each length")
-    parser.add_argument("--topk", type=parse_lengths, default=[16, 64, 256], metavar="K,K", help="keys attended to")
+    parser.add_argument(
+        "--topk", type=parse_lengths, default=[16, 64, 256], metavar="K,K", help="keys attended to (default 16,64,256)"
+    )
     parser.add_argument(
         "--index", nargs="+", choices=["torch", *INDEXES], default=["torch", *INDEXES],
         help="torch: exact search without Faiss",

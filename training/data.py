@@ -1,11 +1,12 @@
 """What the model is trained on: batches of packed documents, of plain text and of pass-key tasks.
 
-Every batch is a function of (seed, step) alone, so training can be stopped, resumed and spread over processes, and goes
-through the very same batches.
+With the same documents and tokenizer, every batch is a function of (seed, step) alone, so training can be stopped, resumed
+and spread over processes, and goes through the very same batches.
 """
 
 import sys
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ def text_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.txt"))
     if len(files) < HELD_OUT:
         raise ValueError(
-            f"{folder} needs at least {HELD_OUT} .txt files, a document each: python training/fetch_data.py fetches some"
+            f"{folder} needs at least {HELD_OUT} .txt files, not counting folders in it, a document each: "
+            "python training/fetch_data.py fetches some"
         )
     return files
 
@@ -57,6 +59,13 @@ class Corpus:
             np.array(tokenizer.encode(t, bos=False)) for t in (INTRO, GRASS, QUESTION)
         )
         self.full_stop = np.array(tokenizer.encode("1.", bos=False)[-1:])
+
+    def digest(self) -> str:
+        """A hash of all documents, as token ids."""
+        hashed = sha256()
+        for document in self.documents:
+            hashed.update(document.tobytes())
+        return hashed.hexdigest()
 
     def text(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """n tokens of text from a random place on; where a document ends, `</s>` and another one, from its `<s>` on, follow."""

@@ -47,12 +47,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add_model_flags(parser, several=True)
     parser.add_argument(
-        "--data", type=Path, default=Path(__file__).resolve().parent / "data", help="folder of .txt files"
+        "--data",
+        type=Path,
+        default=Path(__file__).resolve().parent / "data",
+        help="folder of .txt files (default: training/data)",
     )
     parser.add_argument(
-        "--windows", type=number(int, 0), nargs="+", default=[0, 1, 4, 16, 64], help="windows of memory"
+        "--windows",
+        type=number(int, 0),
+        nargs="+",
+        default=[0, 1, 4, 16, 64],
+        help="windows of memory (default 0 1 4 16 64)",
     )
-    parser.add_argument("--stride", type=number(int, 1), default=4, help="take one window in this many")
+    parser.add_argument("--stride", type=number(int, 1), default=4, help="take one window in this many (default 4)")
     args = parser.parse_args()
     with ending_well(parser):
         files = held_out(text_files(args.data))

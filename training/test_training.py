@@ -138,7 +138,11 @@ def test_tuning_takes_the_tokenizer_beside_the_weights_and_goes_on_with_the_same
     assert done.returncode == 0, done.stderr
     own = init / "tokenizer.model"
     assert (tuned / "tokenizer.model").read_bytes() == own.read_bytes()
-    for flags, named in ((), "--tokenizer"), (("--tokenizer", own, "--contrast", "none"), "--contrast"):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    next(other.glob("*3.txt")).write_text("Another text.")
+    contrast, data = ("--tokenizer", own, "--contrast", "none"), ("--tokenizer", own, "--data", other)
+    for flags, named in ((), "--tokenizer"), (contrast, "--contrast"), (data, "--data"):
         done, _ = train(tune, folder, tuned, "--resume", *flags)
         assert done.returncode == 2 and f"made with another {named}" in done.stderr
     done, _ = train(tune, folder, tuned, "--resume", "--tokenizer", own)  # the weights are in the checkpoint
@@ -175,7 +179,7 @@ def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_
         ({"steps": "x"}, "steps"), ({"packing": 0}, "packing"), ({"learning_rate": -1}, "learning_rate"), ({"cut": 2}, "cut"),
         ({"ranges": []}, "ranges"), ({"mix": {"text": 1}}, "mix"), ({"mix": {"prose": [1, 1]}}, "mix"),
         ({"mix": {"text": [0, 1]}}, "mix"), ({"ranges": [3], "mix": {"dense": [1, 0], "text": [0, 1]}}, "mix"),
-        ({"stepz": 1}, "stepz"),
+        ({"stepz": 1}, "stepz"), ({"window": 512}, "max_position_embeddings is 256"),
         ({"phases": []}, "phases"), ({"seed": "a"}, "seed"), ({"weight_decay": None}, "weight_decay"), ({"model": []}, "model"),
         ({"model": {"vocab_sizee": 1}}, "vocab_sizee"),
         ({"model": {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1}}, "the tokenizer has 2048 ids"),
@@ -193,6 +197,14 @@ def test_mistakes_in_a_recipe_are_named(changes, named, recipe, folder, tmp_path
 def test_training_does_not_overwrite_a_run_without_being_told(whole, recipe, folder):
     done, _ = train(recipe, folder, whole)
     assert done.returncode == 2 and "--resume" in done.stderr
+    done, _ = train(recipe, folder, whole, "--resume", "--stop-after", 2)
+    assert done.returncode == 2 and "--stop-after 2: the run is at step 9 already" in done.stderr
+
+
+def test_training_does_not_overwrite_another_model(whole, recipe, folder, tmp_path):
+    shutil.copytree(whole, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint.pt"))
+    done, _ = train(recipe, folder, tmp_path / "model")
+    assert done.returncode == 2 and "has a model in it" in done.stderr
 
 
 def test_a_full_disk_leaves_nothing_half_written(recipe, folder, tmp_path, capsys, monkeypatch):

@@ -173,14 +173,19 @@ class Trainer:
         self.checkpoint, self.log = args.output / "checkpoint.pt", args.output / "losses.jsonl"
         if self.checkpoint.exists() and not args.resume:
             raise FileExistsError(f"{args.output} has a run in it: add --resume to go on, or name another --output")
+        if (args.output / "config.json").exists() and not args.resume:
+            raise FileExistsError(f"{args.output} has a model in it, which is not replaced: name another --output")
         self.corpus = Corpus(args.data, Tokenizer(args.tokenizer))
-        self.made_with = {  # besides recipe and data; a run is resumed with the same
+        self.made_with = {  # besides the recipe; a run is resumed with the same
             "--tokenizer": sha256(args.tokenizer.read_bytes()).hexdigest(),
+            "--data": self.corpus.digest(),
             "--contrast": args.contrast,
         }
         state = self.read_checkpoint() if args.resume else None
         self.model = self._model(state)
         check_vocabulary(args.tokenizer, self.corpus.tokenizer, self.model)
+        widest, window = max(phase.window for phase in self.recipe.phases), self.model.config.max_position_embeddings
+        require(widest <= window, f"{args.recipe} has a window of {widest}, but max_position_embeddings is {window}")
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.AdamW(
@@ -302,6 +307,8 @@ class Trainer:
         self.step = state["step"]
         lines = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
         self.losses = [line for line in lines if line["step"] <= self.step]
+        stop = self.args.stop_after or self.step
+        require(self.step <= stop, f"--stop-after {stop}: the run is at step {self.step} already")
 
     def export(self):
         """Writes the model as generate.py reads it, in bfloat16."""
@@ -322,8 +329,18 @@ def main():
     parser.add_argument(
         "--recipe", type=Path, default=here / "tiny.json", help="model and phases (default: the tiny model)"
     )
-    parser.add_argument("--data", type=Path, default=here / "data", help="folder of .txt files, one document each")
-    parser.add_argument("--output", type=Path, default=here / "runs" / "tiny", help="folder for checkpoint and model")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=here / "data",
+        help="folder of .txt files, one document each (default: training/data)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=here / "runs" / "tiny",
+        help="folder for checkpoint and model, in bfloat16 (default: training/runs/tiny)",
+    )
     parser.add_argument(
         "--tokenizer", type=Path, help="default: the one in the folder of --init, or else the tiny model's"
     )

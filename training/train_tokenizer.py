@@ -1,6 +1,6 @@
-"""Trains the tiny model's tokenizer on the same text as the model: training/data/ -> tiny/tokenizer.model.
+"""Trains a tokenizer such as the tiny model's, on the same text as a model.
 
-    python training/train_tokenizer.py
+    python training/train_tokenizer.py --output tiny/tokenizer.model
 
 A SentencePiece BPE of 2048 pieces with LLaMA's settings: byte fallback, digits split, no normalisation, spaces kept.
 """
@@ -57,13 +57,13 @@ def train(folder: Path, output: Path, vocab_size: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="folder of .txt files")
     parser.add_argument(
-        "--output",
+        "--data",
         type=Path,
-        default=Path(__file__).parents[1] / "tiny" / "tokenizer.model",
-        help="file to write (default: the tiny model's)",
+        default=Path(__file__).parent / "data",
+        help="folder of .txt files (default: training/data)",
     )
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument("--vocab-size", type=number(int, 1), default=2048, help="pieces (default 2048)")
     args = parser.parse_args()
     with ending_well(parser):
