@@ -299,11 +299,11 @@ def row(args: argparse.Namespace, model: LongLlama, T: int, name: str, runs: lis
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="mid")
-    add("--prompt-tokens", type=parse_lengths, default="2k,16k", metavar="1k,16k,1M")
-    add("--decode", type=number(int, 1), default=64, metavar="N", help="tokens to decode after each prompt")
-    add("--batch", type=number(int, 1), default=1, metavar="N", help="prompts at once")
-    add("--repeats", type=number(int, 1), default=3, metavar="N")
+    add("--shape", choices=SHAPES, default="mid", help="default mid")
+    add("--prompt-tokens", type=parse_lengths, default="2k,16k", metavar="1k,16k,1M", help="default 2k,16k")
+    add("--decode", type=number(int, 1), default=64, metavar="N", help="tokens after each prompt (default 64)")
+    add("--batch", type=number(int, 1), default=1, metavar="N", help="prompts at once (default 1)")
+    add("--repeats", type=number(int, 1), default=3, metavar="N", help="default 3")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
     add(
@@ -311,9 +311,19 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         action="store_true",
         help="compile longllama's layers (on a CPU, growth is then mostly the compiler's)",
     )
-    add("--mem-dtype", default="bfloat16", metavar="D,...", help="one or more, for longllama; the others use the first")
+    add(
+        "--mem-dtype",
+        default="bfloat16",
+        metavar="D,...",
+        help="one or more, for longllama; the others use the first (default bfloat16)",
+    )
     add("--mem-device", choices=["cpu"], help="keep longllama's memory in main memory (on a GPU; growth is the GPU's)")
-    add("--compare", default="naive,sdpa", metavar="NAME,...", help=f"some of {', '.join(COMPARED)}, or '' for none")
+    add(
+        "--compare",
+        default="naive,sdpa",
+        metavar="NAME,...",
+        help=f"some of {', '.join(COMPARED)}, or '' for none (default naive,sdpa)",
+    )
     args = parser.parse_args()
     args.mem_dtype, args.compare = args.mem_dtype.split(","), args.compare.split(",") if args.compare else []
     for flag, items, known in ("mem-dtype", args.mem_dtype, MEM_DTYPES), ("compare", args.compare, COMPARED):

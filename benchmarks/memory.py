@@ -144,8 +144,12 @@ def main():
     parser.add_argument(
         "--keep-local", type=listed(number(int, 0)), metavar="N,...", help="the table of what follows an overflow"
     )
-    parser.add_argument("--length", type=parse_length, default="64k", help="tokens of a prompt with a pass key")
-    parser.add_argument("--trials", type=number(int, 1), default=10, help="for each filler, text and grass")
+    parser.add_argument(
+        "--length", type=parse_length, default="64k", help="tokens of a prompt with a pass key (default 64k)"
+    )
+    parser.add_argument(
+        "--trials", type=number(int, 1), default=10, help="for each filler, text and grass (default 10)"
+    )
     parser.add_argument(
         "--text",
         type=Path,

@@ -673,7 +673,9 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--keep-local", type=number(int, 0), metavar="N", help="of a full window, this many stay local")
     parser.add_argument("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")
     parser.add_argument("--mem-topk", type=number(int, 1), metavar="K", help="attend to the K best of memory only")
-    parser.add_argument("--top", type=number(int, 1), default=3, metavar="N", help="passages for each token and layer")
+    parser.add_argument(
+        "--top", type=number(int, 1), default=3, metavar="N", help="passages for each token and layer (default 3)"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore, too")
     return parser, parser.parse_args()
 

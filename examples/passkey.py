@@ -169,8 +169,8 @@ parse_lengths = listed(parse_length)
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add_model_flags(parser, several=True)
-    parser.add_argument("--lengths", type=parse_lengths, default=[1 << 10, 1 << 12, 1 << 14], help="such as 512,16k,1M")
-    parser.add_argument("--trials", type=number(int, 1), default=10, help="for each length and filler")
+    parser.add_argument("--lengths", type=parse_lengths, default=[1 << 10, 1 << 12, 1 << 14], help="default 1k,4k,16k")
+    parser.add_argument("--trials", type=number(int, 1), default=10, help="for each length and filler (default 10)")
     parser.add_argument(
         "--filler", choices=["text", "grass", "both"], default="both", help="what the key is hidden in (default both)"
     )
@@ -182,7 +182,7 @@ def main():
     )
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw length x depth (needs matplotlib)")
-    parser.add_argument("--depth-bins", type=number(int, 1), default=5, help="rows of the picture")
+    parser.add_argument("--depth-bins", type=number(int, 1), default=5, help="rows of the picture (default 5)")
     args = parser.parse_args()
     with ending_well(parser):
         for flag in ("--table", "--picture"):
