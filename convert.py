@@ -28,13 +28,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longllama import LongLlama, LongLlamaConfig, find_weights, weight_files
+from longllama import WEIGHT_DTYPES, LongLlama, LongLlamaConfig, find_weights, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMES = {  # in a safetensors file
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.bool: "BOOL",
-}  # fmt: skip
+NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3", torch.bool: "BOOL"}
 
 Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
 
@@ -47,16 +44,12 @@ def read_weights(folder: Path) -> Weights:
 
 
 def safetensors_weights(folder: Path) -> Iterator:
-    dtypes = {NAMES[dtype]: dtype for dtype in DTYPES.values()}
-
     def read(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:  # opened for each tensor, so that the one before is let go
             return file.get_tensor(name)
 
     for name, (path, shape, dtype) in find_weights(folder).items():
-        if dtype not in dtypes:
-            raise ValueError(f"{path}: {name} is {dtype}, which is not one of {', '.join(dtypes)}")
-        yield name, (shape, dtypes[dtype], partial(read, path, name))
+        yield name, (shape, dtype, partial(read, path, name))
 
 
 def bin_weights(paths: list[Path]) -> Iterator:
@@ -74,12 +67,12 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         )
     tensors = load_pickled(path)
     if not isinstance(tensors, dict) or not all(isinstance(name, str) and is_weight(x) for name, x in tensors.items()):
-        raise ValueError(f"{path} is not a dictionary of float32, bfloat16 or float16 tensors")
+        raise ValueError(f"{path} is not a dictionary of tensors of floating-point numbers")
     return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def is_weight(x) -> bool:
-    return isinstance(x, Tensor) and x.dtype in DTYPES.values() and x.layout == torch.strided and not x.is_meta
+    return isinstance(x, Tensor) and x.dtype in WEIGHT_DTYPES.values() and x.layout == torch.strided and not x.is_meta
 
 
 def load_pickled(path: Path):

@@ -297,8 +297,8 @@ def warnings(args: argparse.Namespace, prompt: str, T: int, model: LongLlama, ca
     config, new = model.config, args.max_new_tokens
     if prompt.lstrip().startswith("<s>"):
         yield "the prompt begins with the text <s>; the bos token is added without it, so leave it out"
-    window, end = config.max_position_embeddings, split_into_windows(T, config.last_context_length, cache, config)[-1]
-    local = end.keep + end.stop - end.start
+    start, stop, keep = split_into_windows(T, config.last_context_length, cache, config)[-1]
+    window, local = config.max_position_embeddings, keep + stop - start
     if config.mem_layers and not config.keep_local and local + new > window:
         fits = f"--last-context-length {window - new} avoids it"
         if cache.local_length or new >= window:
@@ -503,17 +503,8 @@ def run(args: argparse.Namespace):
     prompt = read_prompt(args)
     if args.load_memory and not prompt:
         raise ValueError("--load-memory goes on from a text that was read: the prompt must not be empty")
-    model, tokenizer = load(
-        args.model,
-        device,
-        args.dtype,
-        last_context_length=args.last_context_length,
-        mem_dtype=args.mem_dtype,
-        mem_attention_grouping=args.mem_attention_grouping,
-        mem_device=args.mem_device,
-        mem_topk=args.mem_topk,
-        keep_local=args.keep_local,
-    )
+    config = {name: getattr(args, name) for name in (*FREE_SETTINGS, "mem_dtype")}
+    model, tokenizer = load(args.model, device, args.dtype, **config)
     if args.compile:
         compile_layers(model)
     cache = load_memory(args.load_memory, model) if args.load_memory else Cache(model.config)

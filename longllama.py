@@ -28,7 +28,6 @@ from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------------------- Config
 
 MEM_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in safetensors files
 LARGEST = 1 << 28  # of any size or length in a config: what is far beyond all use is refused, before it overflows
 
 
@@ -89,7 +89,7 @@ class LongLlamaConfig:
                 continue
             if name in limits:
                 fits = type(value) is int and 0 <= value < getattr(self, limits[name])
-                require(fits, f"{name} must be at least 0 and less than {limits[name]}, not {value!r}")
+                require(fits, f"{name} must be one whole number, at least 0 and less than {limits[name]}, not {value!r}")
             elif field.type in (int, int | None):
                 fits = is_count(value) and value <= LARGEST
                 require(fits, f"{name} must be a whole number of 1 to {LARGEST}, not {value!r}")
@@ -126,6 +126,10 @@ class LongLlamaConfig:
             require(isinstance(rope, dict), "rope_parameters or rope_scaling must be a JSON object")
             raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
             raw["rope_type"] = rope.get("rope_type", rope.get("type"))
+            if raw.get("pad_token_id") == -1:  # none, in old LLaMA's configs
+                del raw["pad_token_id"]
+            kind = raw.get("model_type")
+            require(kind in (None, "llama", "longllama"), f"model_type {kind!r} is not supported, only 'llama' and 'longllama'")
             config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
             computed = {"rope_type": "default", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
             for name, value in (computed | {"head_dim": config.head_dim}).items():
@@ -173,16 +177,11 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019): normalised in float32, cast back, then scaled, in LLaMA's order."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight (Zhang and Sennrich 2019): normalised in float32, cast back, then scaled (torch's own scales first)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
+        return F.rms_norm(x, self.normalized_shape, eps=self.eps) * self.weight
 
 
 def rope_table(start: int | Tensor, T: int, config: LongLlamaConfig, device: torch.device) -> Rope:
@@ -266,64 +265,55 @@ def score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     return scores if bias is None else scores + bias
 
 
-def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int | None) -> Attended:
-    """The formula, with the softmax in float32: q (B, G, R, D) -> (B, G, R, D) and (B, G, R). first: the first query sees keys
-    0 to first, each next one more; None: all see all."""
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, last: int | None) -> Attended:
+    """The formula, with the softmax in float32: q (B, G, R, D) -> (B, G, R, D) and (B, G, R). last: the first query sees keys
+    0 to last, each next one more; None: all see all."""
     scores = score(q, k, bias, scale)
-    if first is not None:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
+    if last is not None:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(last + 1)
         scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
-    top = scores.amax(dim=-1, keepdim=True)  # softmax and log-sum-exp from one pass of exponentials
-    weights = (scores - top).exp()
-    total = weights.sum(dim=-1, keepdim=True)  # (B, G, R, 1)
-    weights, out, start = (weights / total).to(q.dtype), 0, 0
+    weights, out, start = scores.softmax(dim=-1).to(q.dtype), 0, 0
     for piece in cast_pieces(v, q.dtype):
         out = out + (weights[..., start : start + piece.shape[2]] @ piece).float()
         start += piece.shape[2]
-    return out, (top + total.log()).squeeze(-1)
+    return out, scores.logsumexp(dim=-1)
 
 
-def has_flash(q: Tensor) -> bool:
-    """Whether FlashAttention computes with q: on a GPU since Ampere, in half precision, with heads of at most 256."""
-    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 256
-    built = torch.backends.cuda.is_flash_attention_available()
-    return half and built and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def has_cudnn(q: Tensor, k: Tensor) -> bool:
-    """Whether cuDNN's attention, on Hopper faster than FlashAttention, computes with q (B, H, T, D) and k (B, G, S, D)."""
+def fused_kernel(q: Tensor, k: Tensor, bias: Tensor | None) -> Callable[..., tuple] | None:
+    """The fused kernel for q (B, H, T, D) and k (B, G, S, D), of those that return the log-sum-exp. None: the formula has to do,
+    with gradients; on a GPU in float32, before Ampere, or with padding that cuDNN does not take; on a CPU where it is faster."""
+    aten, cuda = torch.ops.aten, torch.backends.cuda
+    if torch.is_grad_enabled():  # the kernels' log-sum-exp has no gradient
+        return None
+    if q.device.type == "cpu":
+        few = q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[1]
+        plainly = few and (MKL_IS_SLOW or k.dtype != q.dtype)  # the formula reads keys faster
+        return None if plainly else partial(aten._scaled_dot_product_flash_attention_for_cpu, attn_mask=bias)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if not (q.is_cuda and half and q.shape[3] <= 256 and cuda.is_flash_attention_available()):
+        return None
+    generation = torch.cuda.get_device_capability(q.device)[0]  # 8: Ampere; 9: Hopper, where cuDNN's attention is the fastest
     recurring = (q.shape[2] == 1 or q.shape[2] % RECURRING == 0) and k.shape[2] % RECURRING == 0
-    if not (recurring and k.shape[3] <= 128 and has_flash(q)):
-        return False
     built = torch.backends.cudnn.is_available() and torch.version.hip is None  # ROCm answers for cuDNN, and has none
-    return built and torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(q.device)[0] == 9
+    if generation == 9 and recurring and k.shape[3] <= 128 and built and cuda.cudnn_sdp_enabled():
+        return partial(aten._scaled_dot_product_cudnn_attention, attn_bias=bias, compute_log_sumexp=True)
+    return aten._scaled_dot_product_flash_attention if generation >= 8 and bias is None else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = ROWS) -> Attended:
     """Attention of q (B, H, T, D) over one set of keys k and values v (B, G, S, D). H is a multiple of G.
 
     real: (B, 1, S, 1), False where a key is padding; None: all real. causal: T = S, and query t sees keys 0 to t. k and v may
-    be of another dtype than q, and padded as by `store`. A fused kernel computes it where there is one that returns the
-    log-sum-exp. Otherwise the formula does, at most `rows` rows of scores at once: with gradients; on a GPU in float32, before
-    Ampere, or with padding that cuDNN does not take; on a CPU for few queries, where keys must be cast or MKL is slow.
+    be of another dtype than q, and padded as by `store`. Where no fused kernel computes it, the formula does, at most `rows` rows
+    of scores at once.
     """
     B, H, T, D = q.shape
     if k.shape[1] != H and causal:  # folded, queries of several heads would stand in one causal triangle
         k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
-    fused = not torch.is_grad_enabled()  # the kernels' log-sum-exp has no gradient
-    by_cudnn = fused and has_cudnn(q, k)  # asked before queries of several heads are folded into one
-    q, bias = fold(q, k), padding_bias(real, q.dtype)
-    plainly = q.shape[2] <= FEW_ROWS and (MKL_IS_SLOW or k.dtype != q.dtype)  # on a CPU: the formula reads keys faster
-
-    if fused and q.device.type == "cpu" and not plainly:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, attn_mask=bias, scale=D**-0.5)
-    elif by_cudnn:
-        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention  # True: with the log-sum-exp
-        out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), bias, True, 0.0, causal, scale=D**-0.5)[:2]
-    elif fused and bias is None and has_flash(q):
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), 0.0, causal, scale=D**-0.5)[:2]
+    bias = padding_bias(real, q.dtype)
+    kernel, q = fused_kernel(q, k, bias), fold(q, k)
+    if kernel is not None:
+        out, lse = kernel(q, k.to(q.dtype), v.to(q.dtype), is_causal=causal, scale=D**-0.5)[:2]
     else:
         rows = max(min(rows, SCORES // (B * k.shape[1] * k.shape[2])), 1)
         starts = range(0, q.shape[2], rows)
@@ -400,8 +390,8 @@ class Memory:
         after 6 windows   [. . . . . .]       after 8   [. . . . . .] [. .]       after 9   [. . . . . . . . . _ _ _ _ _ _ _ _ _]
     """
 
-    BLOCK = 32768  # tokens: enough to keep a kernel busy, and the most that is cast to the model's dtype at once
-    merge = staticmethod(merge)  # a captured step has a compiled one in its place: StepContext in generate.py
+    BLOCK = 32768  # tokens: enough to keep a kernel busy, and the most that a GPU casts to the model's dtype at once
+    merge = staticmethod(merge)  # of what blocks give; StepContext in generate.py puts a compiled one here
 
     def __init__(self, config: LongLlamaConfig):
         self.dtype, self.grouping, self.topk = getattr(torch, config.mem_dtype), config.mem_attention_grouping, config.mem_topk
@@ -477,7 +467,7 @@ class LocalCache:
 
     def append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, real: Tensor | None) -> Tensor:
         """T new tokens join the local context. They attend with one softmax to it and, in a memory layer, to all of memory
-        (paper, section 3.1). real: (B, 1, tokens in memory and local context, 1), see `attend`."""
+        (paper, section 3.1). real: (B, 1, tokens read so far, 1), see `attend`: memory's first, the local context's last."""
         k, v = self.append([k, v] if self.memory is None else [k, v, unrotated])
         T, S = q.shape[2], self.length
         sets = [k, v] if real is None else [k, v, real[:, :, -S:]]
@@ -537,6 +527,7 @@ class Cache:
 
     def __init__(self, config: LongLlamaConfig, new_memory: Callable[[LongLlamaConfig], Memory] = Memory):
         """new_memory: makes the memory of a layer, of `Memory` or a subclass."""
+        self.config = config
         memories = [new_memory(config) if i in config.mem_layers else None for i in range(config.num_hidden_layers)]
         self.layers = [LocalCache(config, memory, config.rotates(i)) for i, memory in enumerate(memories)]
         self.local_length = 0  # tokens in the local context, and so the position of the next
@@ -649,26 +640,21 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- Windows
 
 
-class Piece(NamedTuple):  # new tokens start to stop - 1, which join the local context
-    start: int
-    stop: int
-    keep: int  # this many of the newest local tokens stay local when the piece begins; the others move into memory
-
-
-def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[Piece]:
-    """How T new tokens are read: the prefix, all but the last `last`, in windows of max_position_embeddings, then the end. On a
-    fresh cache each is a local context of its own; otherwise it joins the local context if both fit one window, and if not,
-    only the newest keep_local tokens of that stay. Without memory layers there is one piece."""
-    if not config.mem_layers:
-        return [Piece(0, T, cache.local_length)]
+def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, int]]:
+    """How T new tokens are read: the prefix, all but the last `last`, in windows of max_position_embeddings, then the end. Each
+    piece is (start, stop, keep): all but the newest `keep` local tokens move into memory, then tokens start to stop - 1 join the
+    local context. On a fresh cache each piece is a local context of its own; otherwise it joins the one that is there if both
+    fit one window, and if not, only the newest keep_local tokens of that stay. Without memory layers there is one piece."""
     window, local = config.max_position_embeddings, cache.local_length
+    if not config.mem_layers:
+        return [(0, T, local)]
     fresh, prefix, pieces = local + cache.memory_length == 0, max(T - last, 0), []
     for start, stop in pairwise([*range(0, prefix, window), prefix, T]):
         room, keep = window - (stop - start), 0
         if not fresh:
             keep = local if local <= room else max(min(config.keep_local, room), 0)
         local = keep + stop - start
-        pieces.append(Piece(start, stop, keep))
+        pieces.append((start, stop, keep))
     return pieces
 
 
@@ -706,19 +692,22 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Name -> (file, shape, dtype such as "BF16") of the tensors in model.safetensors, or its shards; none is read."""
+def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], torch.dtype]]:
+    """Name -> (file, shape, dtype) of the tensors in model.safetensors, or its shards; none is read."""
     found = {}
     for path in weight_files(folder, "model.safetensors"):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: get it, or run convert.py if the weights are pytorch_model.bin files")
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in sorted(file.keys()) if not name.endswith("rotary_emb.inv_freq")}
-                found |= {name: (path, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+                for name in sorted(file.keys()):
+                    part = file.get_slice(name)
+                    known = part.get_dtype() in WEIGHT_DTYPES  # and not whole numbers, say, that would need a scale
+                    require(known, f"{path}: {name} is {part.get_dtype()}, which is not one of {', '.join(WEIGHT_DTYPES)}")
+                    found[name] = path, part.get_shape(), WEIGHT_DTYPES[part.get_dtype()]
         except SafetensorError as error:
             raise ValueError(f"{path} is broken or cut short ({error}): get it again") from None
-    return found
+    return {name: at for name, at in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 # ----------------------------------------------------------------------------------------------------------- Model
@@ -768,29 +757,32 @@ class LongLlama(nn.Module):
         fits = self.config.mem_layers or length <= window
         require(fits, f"{length} tokens exceed the window of {window}, and a model without mem_layers has no memory")
         require(cache.batch_size in (None, B), f"input_ids has {B} rows, and the cache has {cache.batch_size}")
+        configs = self.config, cache.config
+        shapes = {(c.num_hidden_layers, c.mem_layers, c.num_key_value_heads, c.head_dim) for c in configs}
+        require(len(shapes) == 1, "the cache was made for a model of another shape")
         if attention_mask is not None:
             require(attention_mask.shape == (B, T), f"attention_mask must be {(B, T)}, not {tuple(attention_mask.shape)}")
 
         cache.batch_size = B
         if cache.real is not None or (attention_mask is not None and not attention_mask.all()):  # padding, before or now
-            before, now = cache.real, torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            if before is None:
-                before = now.new_ones(B, 1, cache.memory_length + cache.local_length, 1)
+            now = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            before = now.new_ones(B, 1, cache.memory_length + cache.local_length, 1) if cache.real is None else cache.real
             cache.real = torch.cat((before.bool(), now.bool()[:, None, :, None]), dim=2)
-        first = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
+        wanted = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
         hidden = []
         pieces = split_into_windows(T, last, cache, self.config)
-        for (start, stop, keep), following in zip(pieces, [*pieces[1:], None]):
+        for i, (start, stop, keep) in enumerate(pieces):
             cache.restart(keep)
-            only_remember = following is not None and following.keep == 0 and stop <= first
+            only_remember = stop <= wanted and pieces[i + 1][2] == 0  # so all of it moves into memory next
             x = self.read(input_ids[:, start:stop], cache, only_remember)
-            if stop > first:
-                hidden.append(x[:, max(first - start, 0) :])
+            if stop > wanted:
+                hidden.append(x[:, max(wanted - start, 0) :])
         return self.logits(torch.cat(hidden, dim=1)), cache
 
     def read(self, input_ids: Tensor, cache: Cache, only_remember: bool) -> Tensor:
         """T tokens that join the local context, (B, T) -> hidden states (B, T, C). only_remember: all of it moves into memory
-        next, and no logits are wanted, so what comes after the last memory layer's keys and values is left out."""
+        next, and no logits are wanted, so what comes after the last memory layer's keys and values is left out, and the layers
+        above get no local context."""
         T = input_ids.shape[1]
         rope = rope_table(cache.local_length, T, self.config, input_ids.device)
         cache.local_length += T
@@ -830,7 +822,7 @@ class LongLlama(nn.Module):
         require(temperature == 0 or temperature >= 1e-5, f"temperature must be 0, or at least 1e-5, not {temperature}")
         require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
         require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
-        ends = attention_mask is None or attention_mask[..., -1].all()
+        ends = attention_mask is None or attention_mask[..., -1:].all()
         require(ends, "attention_mask has padding at the end of a row: padding stands on the left")
         eos = self.config.eos_token_id if eos_token_id == -1 else eos_token_id
         rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)

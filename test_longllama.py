@@ -916,6 +916,18 @@ def test_rows_end_at_eos_and_generation_when_all_have():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"mem_layers": (1,)}, {"num_key_value_heads": 2}])
+def test_a_cache_of_another_model_is_refused(changes):
+    ids = torch.randint(61, (1, 60))
+    cache = small_model(**changes)(ids)[1]
+    with pytest.raises(ValueError, match="cache was made for a model of another shape"):
+        small_model()(ids, cache)
+    assert (
+        small_model(mem_topk=1000)(ids, small_model()(ids)[1])[1].memory_length > 60
+    )  # other settings are no other shape
+
+
+@torch.no_grad()
 def test_another_number_of_rows_than_the_cache_has_is_refused(tmp_path):
     model, ids = small_model(), torch.randint(61, (3, 60))
     local = model(ids[:1])[1]
@@ -947,7 +959,7 @@ def test_generation_goes_on_from_a_cache():
         {"num_key_value_heads": 3}, {"vocab_size": 0}, {"last_context_length": 0},
         {"rms_norm_eps": -1.0}, {"rms_norm_eps": math.inf}, {"eos_token_id": 61},
         {"intermediate_size": 2**40}, {"rms_norm_eps": 10**400},
-        {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4},
+        {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4}, {"model_type": "mistral"}, {"eos_token_id": [2, 3]},
         {"mem_topk": 0}, {"mem_device": "tape"}, {"keep_local": 16}, {"keep_local": -1},
         {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},
     ],
@@ -981,7 +993,8 @@ def test_configs_of_transformers_5_and_of_older_releases_are_read(tmp_path):
     }
     path.write_text(json.dumps(new))
     assert LongLlamaConfig.from_json(path).rope_theta == 5e5
-    path.write_text(json.dumps({"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "unknown": 1}))
+    old = {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "unknown": 1, "pad_token_id": -1}
+    path.write_text(json.dumps(old))
     config = LongLlamaConfig.from_json(path)
     assert (config.rope_theta, config.pad_token_id, config.last_context_length) == (1e6, 0, 1024)
 
@@ -1386,6 +1399,7 @@ def test_mistakes_in_flags_get_one_line_and_status_2(flags, capsys, tmp_path, mo
         ("config_broken", "config.json"), ("config_list", "config.json"), ("mem_layer_99", "mem_layers"),
         ("weights_cut", "cut short"),
         ("weights_missing", "model.safetensors"), ("weights_misshapen", "differ"), ("weights_nan", "no finite numbers"),
+        ("weights_int8", "weight is I8"),
         ("many_layers", "100000000 layers"), ("rope_no_object", "rope_parameters"),
         ("tokenizer_missing", "tokenizer.model"),
         ("tokenizer_broken", "tokenizer.model"), ("tokenizer_no_bos", "no <s>"),
@@ -1412,6 +1426,8 @@ def test_broken_models_get_one_line_and_status_2(damage, named, capsys, tmp_path
         config.write_text(json.dumps(raw | {"intermediate_size": 360}))
     elif damage == "weights_nan":
         save_file({name: x * math.nan for name, x in load_file(weights).items()}, weights)
+    elif damage == "weights_int8":
+        save_file({name: x.to(torch.int8) for name, x in load_file(weights).items()}, weights)
     elif damage == "many_layers":
         config.write_text(json.dumps(raw | {"num_hidden_layers": 10**8}))
     elif damage == "rope_no_object":
