@@ -172,9 +172,10 @@ class Conversation:
 
     def memory(self) -> str:
         cache, window = self.past.cache, self.model.config.max_position_embeddings
+        local = cache.local_length + len(self.past.unread)
         return (
             f"memory {cache.memory_length:,} tokens, {cache.memory_bytes / 2**20:,.1f} MiB | "
-            f"local context {cache.local_length:,} tokens, window {window:,} | {self.past.turns:,} turns"
+            f"local context {local:,} tokens, window {window:,} | {self.past.turns:,} turns"
         )
 
     def command(self, line: str) -> str:
@@ -259,7 +260,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
     add_model_flags(parser)
-    add("--format", choices=FORMATS, default="plain", help="plain: what you write is continued (default)")
+    add("--format", choices=FORMATS, default="plain", help="plain: all texts in a row, nothing between (default)")
     add("--read", type=Path, metavar="FILE", help="read a document first")
     add("--load-memory", type=Path, metavar="FILE", help="start from what /save or generate.py --save-memory wrote")
     add("--fork", action="store_true", help="every question starts from what was read first, and sees no other")

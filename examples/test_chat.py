@@ -227,7 +227,9 @@ def test_reset_goes_back_to_the_document(tiny):
 def test_a_saved_conversation_goes_on_elsewhere(tiny, tmp_path, settings):
     chat, file = conversation(tiny, **settings), tmp_path / "a conversation"
     ask(chat, *TEXTS[:2])
+    told = chat.memory()
     chat.command(f"/save {file}")
+    assert chat.memory() == told  # what was waiting to be read had been counted
     other = conversation(tiny, **settings)
     other.command(f"/load {file}")
     assert ask(chat, *TEXTS[2:]) == ask(other, *TEXTS[2:])
