@@ -275,9 +275,11 @@ def is_whole(cache: Cache, model: LongLlama) -> bool:
     groups, D = model.config.num_key_value_heads, model.config.head_dim
 
     def fits(x: Tensor, tokens: int, dtype: torch.dtype) -> bool:
-        return x.dtype == dtype and x.shape in ((B, groups, tokens, D), (B, groups, tokens, -(-D // 8) * 8))  # padded
+        return x.dtype == dtype and x.shape == (B, groups, tokens, -(-D // 8) * 8)  # as `store` pads
 
-    whole = all(type(n) is int and n >= 0 for n in (local, remembered))
+    if not all(type(n) is int and n >= 0 for n in (local, remembered)):
+        return False
+    whole = True
     for layer in cache.layers:
         memory, kinds = layer.memory, 0 if local == 0 else 2 if layer.memory is None else 3
         whole &= len(layer.tensors) == kinds and all(fits(x, local, model.norm.weight.dtype) for x in layer.tensors)
@@ -433,8 +435,7 @@ class Steps:
     ):
         if attention_mask is not None or cache is None or not self.can_replay(input_ids, cache):
             return self.uncaptured(input_ids, cache, attention_mask, *args, **kwargs)
-        tensors = [x for layer in cache.layers for x in layer.tensors]
-        tensors += [x for layer in cache.layers if layer.memory for block in layer.memory.blocks for x in block]
+        tensors = [x for layer in cache.layers for x in layer.tensors]  # memory moves only when these are new ones
         if len(self.places) != len(tensors) or any(place() is not x for place, x in zip(self.places, tensors)):
             # the graph before goes, also where the next one fails
             self.places, self.replay, self.logits = [], None, None
@@ -449,14 +450,14 @@ class Steps:
         return self.logits.clone(), cache
 
     def can_replay(self, input_ids: Tensor, cache: Cache) -> bool:
-        tensors, window = cache.layers[0].tensors, self.model.config.max_position_embeddings
+        tensors = cache.layers[0].tensors
         if not tensors or cache.real is not None or torch.is_grad_enabled():
             return False
         B, _, capacity, _ = tensors[0].shape
         memories = [layer.memory for layer in cache.layers if layer.memory]
         known = all(type(layer) is LocalCache for layer in cache.layers) and all(type(x) is Memory for x in memories)
         resident = all(memory.device is None for memory in memories)
-        return input_ids.shape == (B, 1) and cache.local_length < min(capacity, window) and known and resident
+        return input_ids.shape == (B, 1) and cache.local_length < capacity and known and resident
 
     def prepare(self, input_ids: Tensor, cache: Cache):
         """Makes `replay`, which reads `input_ids` as the token at position `start`, and writes its `logits`."""

@@ -134,7 +134,7 @@ class LongLlamaConfig:
             computed = {"rope_type": "default", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
             for name, value in (computed | {"head_dim": config.head_dim}).items():
                 require(raw.get(name) in (None, value), f"{name} {raw.get(name)!r} is not supported, only {value!r}")
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:  # broken JSON is a ValueError
+        except (ValueError, RecursionError) as error:  # broken JSON is a ValueError, if it is not nested too deep
             raise ValueError(f"{path}: {error}") from None
         return replace(config, **overrides)
 
@@ -194,7 +194,7 @@ def rope_table(start: int | Tensor, T: int, config: LongLlamaConfig, device: tor
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turns each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its angle: the half-split layout of Hugging Face weights."""
     cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # computed with in float32, as cos and sin are
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -355,7 +355,7 @@ def merge(a: Attended, b: Attended) -> Attended:
 def float8_scale(x: Tensor) -> Tensor:
     """What keys or values are divided by to be stored as float8, (B, G, 1, 1), from the first of them, x (B, G, n, D): for each
     head the power of two that puts the largest at 1/2 to 1. It rounds nothing, and float8 keeps all its digits up to 448."""
-    largest = x.detach().float().abs().amax(dim=(2, 3), keepdim=True)
+    largest = x.float().abs().amax(dim=(2, 3), keepdim=True)
     return torch.where(largest > 0, largest, 1).log2().ceil().exp2()
 
 
@@ -442,7 +442,7 @@ class Memory:
         """`attend`, to keys and values as they are stored: float8's still divided by their scales."""
         B, H, _, D = q.shape
         heads, queries = self.grouping or (H, ROWS)
-        rows = max(heads * queries // H, 1)  # of all heads, so as to make no more scores at once
+        rows = heads * queries // H  # of all heads, so as to make no more scores at once; one at least
         if self.topk is None:
             return reduce(self.merge, (attend(q, *block, rows=rows) for block in self.blocks_on(q.device, real)))
         K = min(self.topk, self.length)
@@ -486,7 +486,7 @@ class LocalCache:
         self.length += new[0].shape[2]
         window, grad = self.config.max_position_embeddings, torch.is_grad_enabled()
         if grad or not old or self.length > self.tensors[0].shape[2]:  # what autograd keeps must not be written into
-            capacity = self.length if grad else window if self.length <= window else self.length + start
+            capacity = self.length if grad else max(self.length, window)
             self.tensors = [store(x, capacity, x[-1].dtype, x[-1].device) for x in (zip(old, new) if old else zip(new))]
         else:
             for tensor, x in zip(self.tensors, new):
@@ -768,7 +768,7 @@ class LongLlama(nn.Module):
             now = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             before = now.new_ones(B, 1, cache.memory_length + cache.local_length, 1) if cache.real is None else cache.real
             cache.real = torch.cat((before.bool(), now.bool()[:, None, :, None]), dim=2)
-        wanted = max(T - logits_to_keep, 0) if logits_to_keep else 0  # the first position whose logits are wanted
+        wanted = T - logits_to_keep if logits_to_keep else 0  # the first position whose logits are wanted
         hidden = []
         pieces = split_into_windows(T, last, cache, self.config)
         for i, (start, stop, keep) in enumerate(pieces):

@@ -369,6 +369,38 @@ def test_training_shows_memory_layers_what_inference_remembers():
     assert (trained.view(1, 80, 61) - inferred).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_grouped_queries_copy_no_keys():
+    q, (k, v) = torch.randn(1, 8, 1, 8), torch.randn(2, 1, 1, 4096, 8)
+    with LargestTensor() as seen:
+        attend(q, k, v)
+    assert seen.numel <= 2 * k.numel()
+
+
+@pytest.mark.parametrize("limit", ["SCORES", "CAST", "GATHERED"])
+def test_limits_that_allow_nothing_leave_one_row_or_token_at_once(limit, monkeypatch):
+    memories = [longllama.Memory(small_config(mem_topk=K, mem_dtype="float16")) for K in (None, 7)]
+    q, k, v = torch.randn(3, 2, 4, 24, 8)
+    with torch.no_grad():
+        for memory in memories:
+            memory.append(k, v)
+        for few in (1, 24):
+            right = [memory.attend(q[:, :, :few], None)[0] for memory in memories]
+            with monkeypatch.context() as patch:
+                patch.setattr(longllama, limit, 1)
+                found = [memory.attend(q[:, :, :few], None)[0] for memory in memories]
+            assert all((a - b).abs().max() < 1e-5 for a, b in zip(found, right))
+
+
+@torch.no_grad()
+def test_values_that_are_cast_in_pieces_are_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(longllama, "CAST", 8)
+    q = torch.zeros(1, 1, 1, 8).bfloat16()
+    k, v = (x.to(torch.float8_e4m3fn) for x in 1 + torch.rand(2, 1, 1, 2000, 8))
+    right = naive(q, k.float(), v.float(), torch.tensor(True))
+    assert (attend(q, k, v)[0] - right).abs().max() < 1e-2 * right.abs().max()
+
+
 # ------------------------------------------------------------------------------------------------- Windows and caches
 
 
@@ -718,20 +750,32 @@ def test_a_memory_of_another_model_or_of_other_settings_is_refused_by_name(tmp_p
     ):
         with pytest.raises(ValueError, match=next(iter(changes))):
             generate.load_memory(path, small_model(**changes))
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(ValueError, match="made with dtype float32, and this is bfloat16"):
         generate.load_memory(path, small_model().to(torch.bfloat16))
-    for name, parameter in model.named_parameters():  # any weight
+    for name, parameter in model.named_parameters():  # any weight, also a part of it
         kept = parameter.clone()
-        parameter.add_(torch.randn_like(parameter))
+        part = parameter[len(parameter) // 2 :]
+        part.add_(torch.randn_like(part))
         with pytest.raises(ValueError, match="made with weights"):
             generate.load_memory(path, model)
         parameter.copy_(kept)
         assert generate.load_memory(path, model).memory_length == 22, name
-    generate.load_memory(path, small_model(last_context_length=3, mem_topk=4, keep_local=2))
+    free = {
+        "last_context_length": 3,
+        "mem_topk": 4,
+        "keep_local": 2,
+        "mem_device": "cpu",
+        "mem_attention_grouping": (1, 2),
+    }
+    generate.load_memory(path, small_model(**free))
     whole = path.read_bytes()
     for broken in (whole[:-9], whole[:40], b"", b"\0" * 100):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="broken"):
+            generate.load_memory(path, model)
+    for metadata in (None, {"longllama": "3"}, {"longllama": "{}"}, {"longllama": "{"}, {"other": "x"}):
+        save_file({"a": torch.ones(2)}, path, metadata)
+        with pytest.raises(ValueError, match="no saved memory"):
             generate.load_memory(path, model)
     with pytest.raises(FileNotFoundError, match="no file"):
         generate.load_memory(tmp_path, model)
@@ -739,11 +783,25 @@ def test_a_memory_of_another_model_or_of_other_settings_is_refused_by_name(tmp_p
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["local_length", "memory_length", "0.local.1", "1.memory.v.0", "heads", "dtype", "real", "float"]
+    "name",
+    [
+        "local_length",
+        "memory_length",
+        "0.local.1",
+        "1.memory.v.0",
+        "heads",
+        "flat",
+        "dtype",
+        "padding",
+        "bits",
+        "float",
+    ],
 )
-def test_a_memory_that_lacks_something_is_refused(name, tmp_path):
-    model, path = small_model(), tmp_path / "memory"
-    generate.save_memory(path, model(torch.randint(61, (1, 30)))[1], model)
+@pytest.mark.parametrize("mem_dtype", ["float32", "float8_e4m3fn"])
+def test_a_memory_that_lacks_something_is_refused(name, mem_dtype, tmp_path):
+    model, path, mask = small_model(mem_dtype=mem_dtype), tmp_path / "memory", torch.ones(1, 30)
+    mask[:, :2] = 0
+    generate.save_memory(path, model(torch.randint(61, (1, 30)), attention_mask=mask)[1], model)
     with safe_open(path, framework="pt") as file:
         tensors, says = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["longllama"])  # noqa: SIM118
     variants = [says]
@@ -753,8 +811,12 @@ def test_a_memory_that_lacks_something_is_refused(name, tmp_path):
         tensors["0.local.0"] = tensors["0.local.0"][:, :2].clone()
     elif name == "dtype":
         tensors["1.memory.k.0"] = tensors["1.memory.k.0"].double()
-    elif name == "real":
-        tensors["real"] = torch.ones(3, 3)
+    elif name == "padding":
+        tensors["real"] = torch.ones(3, 3, dtype=torch.bool)
+    elif name == "bits":
+        tensors["real"] = tensors["real"].float()
+    elif name == "flat":
+        tensors["1.memory.k.0"] = torch.ones(3).to(getattr(torch, mem_dtype))
     elif name == "float":
         variants = [says | {"memory_length": float(says["memory_length"])}]
     else:
@@ -763,6 +825,24 @@ def test_a_memory_that_lacks_something_is_refused(name, tmp_path):
         save_file(tensors, path, {"longllama": json.dumps(made_with)})
         with pytest.raises(ValueError, match="its tensors are not those"):
             generate.load_memory(path, model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scales", [0, 1, 3, 4])
+def test_a_float8_memory_has_two_scales_and_no_other_has_any(scales, tmp_path):
+    model, path = small_model(mem_dtype="float8_e4m3fn" if scales else "float32"), tmp_path / "memory"
+    generate.save_memory(path, model(torch.randint(61, (1, 30)))[1], model)
+    with safe_open(path, framework="pt") as file:
+        tensors, says = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    right = {f"1.memory.scale.{j}": torch.ones(1, 4, 1, 1) for j in range(3)}
+    tensors = {name: x for name, x in tensors.items() if name not in right}
+    if scales == 4:  # two, of another shape
+        tensors |= {name: torch.ones(3) for name in list(right)[:2]}
+    else:
+        tensors |= dict(list(right.items())[: scales or 2])
+    save_file(tensors, path, says)
+    with pytest.raises(ValueError, match="its tensors are not those"):
+        generate.load_memory(path, model)
 
 
 @torch.no_grad()
@@ -884,6 +964,146 @@ def test_what_does_not_fit_is_a_value_error_that_says_so(call, message):
         call(small_model())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 8])
+def test_nothing_above_the_last_memory_layer_is_computed_for_a_prefix(keep):
+    model, calls = small_model(), []
+    model.layers[3].register_forward_hook(lambda *_: calls.append(1))
+    model(torch.ones(1, 40, dtype=torch.long), logits_to_keep=keep)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_what_stays_local_is_computed_in_all_layers():
+    model, ids, last = small_model(keep_local=6), torch.randint(61, (1, 60)), []
+    for keep in (0, 1):
+        _, cache = model(ids[:, :20])
+        last.append(model(ids[:, 20:], cache, logits_to_keep=keep)[0][:, -1:])
+    assert (last[0] - last[1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_memory_layers_may_be_named_in_any_order():
+    ids = torch.randint(61, (1, 60))
+    a, b = (small_model(mem_layers=layers)(ids, logits_to_keep=1)[0] for layers in ((1, 2), (2, 1)))
+    assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_kept_tokens_and_a_window_never_exceed_the_window():
+    model, ids, lengths = small_model(keep_local=6), torch.ones(1, 8, dtype=torch.long), []
+    _, cache = model(ids)
+    model.layers[0].register_forward_hook(lambda *_: lengths.append(cache.local_length))
+    model(ids.repeat(1, 5), cache)
+    assert lengths == [16, 16, 14]
+    model(ids.repeat(1, 5), cache, last_context_length=40)  # all of it stays local, and nothing that was there
+    assert cache.local_length == 40
+
+
+@torch.no_grad()
+def test_after_a_restart_new_tokens_join_one_local_context():
+    model, ids = small_model(), torch.ones(1, 10, dtype=torch.long)
+    _, cache = model(ids)
+    cache.restart()
+    model(ids, cache)
+    assert (cache.local_length, cache.memory_length) == (10, 10)
+
+
+@torch.no_grad()
+def test_a_local_context_has_room_for_the_window_and_grows_in_place():
+    model = small_model()
+    _, cache = model(torch.ones(1, 4, dtype=torch.long))
+    places = [x.data_ptr() for x in cache.layers[1].tensors]
+    for _ in range(12):
+        model(torch.ones(1, 1, dtype=torch.long), cache)
+    assert [x.data_ptr() for x in cache.layers[1].tensors] == places
+
+
+@torch.no_grad()
+def test_padding_may_come_in_a_later_call_and_a_mask_of_ones_is_no_padding():
+    model, ids = small_model(), torch.randint(61, (2, 40))
+    mask = torch.ones(2, 10)
+    _, cache = model(ids[:, :30], attention_mask=torch.ones(2, 30))
+    assert cache.real is None
+    mask[0, :3] = 0
+    logits, _ = model(ids[:, 30:], cache, mask)
+    alone = read(model, ids[1:], [30, 10])[:, 30:]
+    assert (logits[1:] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("grouping, rows", [(None, 128), ((2, 8), 4), ((1, 1), 1)])
+def test_grouping_bounds_the_rows_of_scores(grouping, rows):
+    memory = longllama.Memory(small_config(mem_attention_grouping=grouping))
+    memory.append(*torch.randn(2, 1, 4, 300, 8))
+    with LargestTensor() as seen:
+        memory.attend(torch.randn(1, 4, 200, 8), None)
+    assert seen.numel == max(4 * rows * 300, 4 * 300 * 8)
+
+
+@torch.no_grad()
+def test_few_of_the_best_values_are_gathered_at_once(monkeypatch):
+    monkeypatch.setattr(longllama, "GATHERED", 4 * 50 * 8 * 2)
+    memory = longllama.Memory(small_config(mem_topk=50))
+    memory.append(*torch.randn(2, 1, 4, 300, 8))
+    with LargestTensor() as seen:
+        memory.attend(torch.randn(1, 4, 100, 8), None)
+    assert seen.numel <= 4 * 300 * 8
+
+
+@torch.no_grad()
+def test_float8_memory_scales_the_key_heads_of_grouped_queries():
+    torch.manual_seed(0)
+    memory = longllama.Memory(small_config(mem_dtype="float8_e4m3fn", num_key_value_heads=2))
+    size = torch.tensor([1e-2, 1.0]).view(1, 2, 1, 1)
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 40, 8) * size, torch.randn(2, 2, 40, 8) * size
+    memory.append(k, v)
+    out, right = memory.attend(q, None)[0], naive(q, k, v, torch.tensor(True))
+    assert all((out - right)[:, h].norm() / right[:, h].norm() < 5e-2 for h in range(4))
+
+
+@torch.no_grad()
+def test_float8_memory_clamps_what_is_far_larger_than_its_first_tokens():
+    memory, x = longllama.Memory(small_config(mem_dtype="float8_e4m3fn")), torch.randn(1, 4, 1, 8)
+    memory.append(x, x)
+    memory.append(1000 * x, 1000 * x)
+    for n in (1, 20):  # read in pieces, and as a whole
+        assert memory.attend(x.repeat(1, 1, n, 1), None)[0].isfinite().all()
+
+
+def test_gradients_flow_through_memory_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(longllama, "CAST", 100)
+    ids, gradients = torch.randint(61, (1, 60)), []
+    for dtype in ("float32", "bfloat16"):
+        model = small_model(mem_dtype=dtype)
+        model(ids)[0].square().sum().backward()
+        gradients.append(model.layers[1].self_attn.qkv_proj.weight.grad)
+    assert (gradients[1] - gradients[0]).norm() < 2e-2 * gradients[0].norm()
+
+
+def test_gradients_reach_all_weights(mkl):
+    model = small_model()
+    model(torch.randint(61, (1, 60)))[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_with_gradients_memory_has_no_room_and_what_has_room_is_not_written_into():
+    memory, q = longllama.Memory(small_config()), torch.randn(1, 4, 2, 8)
+    with torch.no_grad():
+        memory.append(*torch.randn(2, 1, 4, 40, 8))
+    assert memory.room[0].shape[2] == 80
+    total, parts = 0, torch.randn(2, 2, 1, 4, 8, 8, requires_grad=True)
+    for k, v in parts:
+        memory.append(k, v)
+        total = total + memory.attend(q, None)[0].square().sum()
+    total.backward()
+    assert parts.grad.abs().min() > 0
+    assert memory.room[0].shape[2] == memory.length
+
+
+def test_float8_memory_of_a_model_without_memory_layers_does_not_hinder_training():
+    small_model(mem_layers=(), mem_dtype="float8_e4m3fn")(torch.ones(1, 8, dtype=torch.long))[0].sum().backward()
+
+
 # ---------------------------------------------------------------------------------------------------------- Generation
 
 
@@ -948,6 +1168,56 @@ def test_generation_goes_on_from_a_cache():
     assert [i.item() for i in first + rest] == whole
 
 
+def test_temperature_flattens_or_sharpens():
+    logits = torch.tensor([[0.6, 0.4]]).log().repeat(1000, 1)
+    for temperature, share in ((0.05, 1.0), (0.5, 0.692), (1.0, 0.6), (2.0, 0.5505)):
+        drawn = longllama.sample(logits, temperature, None, None, torch.Generator().manual_seed(0))
+        assert abs((drawn == 0).float().mean() - share) < 0.04
+
+
+def test_top_p_takes_no_id_beyond_the_one_that_makes_it_up():
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    rng = torch.Generator().manual_seed(0)
+    assert {longllama.sample(logits, 1.0, None, 0.5, rng).item() for _ in range(50)} == {0}
+
+
+def test_ids_are_drawn_from_float32_and_are_ordinary_tensors(monkeypatch):
+    dtypes, sample = [], longllama.sample
+    monkeypatch.setattr(longllama, "sample", lambda x, *args: (dtypes.append(x.dtype), sample(x, *args))[1])
+    ids = next(small_model().to(torch.bfloat16).generate(torch.ones(1, 4, dtype=torch.long), 1))
+    assert dtypes == [torch.float32] and not ids.is_inference()
+
+
+def test_generation_ends_with_eos_and_pads_rows_that_ended_before():
+    model, ids = small_model(pad_token_id=7), torch.randint(61, (3, 20))
+    free = torch.stack(list(model.generate(ids, 40, temperature=0, eos_token_id=None)), dim=1)
+    alone = [i.item() for i in model.generate(ids[:1], 40, temperature=0, eos_token_id=free[0, 5].item())]
+    assert alone == free[0].tolist()[: free[0].tolist().index(free[0, 5]) + 1]
+    ended = torch.stack(list(model.generate(ids, 40, temperature=0, eos_token_id=free[0, 0].item())), dim=1)
+    assert len(ended[0]) > 1 and set(ended[0, 1:].tolist()) == {7}
+
+
+def test_generation_splits_its_prompt_where_it_is_told_to():
+    model = small_model()
+    cache = Cache(model.config)
+    next(model.generate(torch.ones(1, 40, dtype=torch.long), 1, cache=cache, last_context_length=5))
+    assert (cache.local_length, cache.memory_length) == (5, 35)
+
+
+@pytest.mark.parametrize(
+    "T, changes, message",
+    [
+        (2, {"temperature": 1e-6}, "temperature"),
+        (2, {"attention_mask": torch.tensor([[1, 0], [1, 1]])}, "on the left"),
+        (0, {"attention_mask": torch.ones(2, 0)}, "at least one token"),
+    ],
+    ids=str,
+)
+def test_generation_refuses_what_it_cannot_do(T, changes, message):
+    with pytest.raises(ValueError, match=message):
+        next(small_model().generate(torch.ones(2, T, dtype=torch.long), 1, **changes))
+
+
 # ------------------------------------------------------------------------------------------------ Config and weights
 
 
@@ -959,9 +1229,12 @@ def test_generation_goes_on_from_a_cache():
         {"num_key_value_heads": 3}, {"vocab_size": 0}, {"last_context_length": 0},
         {"rms_norm_eps": -1.0}, {"rms_norm_eps": math.inf}, {"eos_token_id": 61},
         {"intermediate_size": 2**40}, {"rms_norm_eps": 10**400},
+        {"intermediate_size": True}, {"rms_norm_eps": True}, {"mem_layers": [True]}, {"mem_positionals": "false"},
+        {"eos_token_id": 1.0}, {"hidden_size": 36}, {"mlp_bias": True},
         {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4}, {"model_type": "mistral"}, {"eos_token_id": [2, 3]},
         {"mem_topk": 0}, {"mem_device": "tape"}, {"keep_local": 16}, {"keep_local": -1},
         {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
     ],
 )  # fmt: skip
 def test_impossible_configs_are_refused_by_name(changes, tmp_path):
@@ -983,6 +1256,27 @@ def test_json_nested_too_deep_is_refused(tmp_path):
         longllama.find_weights(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "index", [{}, [], {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": ["b"]}}], ids=str
+)
+def test_an_index_that_names_no_files_is_refused(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json is broken"):
+        longllama.find_weights(tmp_path)
+
+
+def test_defaults_are_those_of_transformers():
+    ours, theirs = vars(LongLlamaConfig()), vars(LlamaConfig())
+    same = [name for name in ours.keys() & theirs if name != "pad_token_id"]  # which is none there
+    assert len(same) >= 11 and all(ours[name] == theirs[name] for name in same)
+    assert ours["rope_theta"] == theirs["rope_parameters"]["rope_theta"]
+
+
+def test_random_weights_have_one_size_and_norms_begin_at_1():
+    for p in small_model(hidden_size=64).parameters():
+        assert (p == 1).all() if p.dim() == 1 else 0.9 < p.std() * 64**0.5 < 1.1
+
+
 def test_configs_of_transformers_5_and_of_older_releases_are_read(tmp_path):
     path = tmp_path / "config.json"
     new = {
@@ -1000,11 +1294,12 @@ def test_configs_of_transformers_5_and_of_older_releases_are_read(tmp_path):
 
 
 def test_a_saved_model_comes_back_the_same(tmp_path):
-    for changes in ({}, {"tie_word_embeddings": True, "num_key_value_heads": 2}):
-        model = small_model(**changes)
+    for dtype, changes in (torch.float32, {}), (torch.float64, {"tie_word_embeddings": True, "num_key_value_heads": 2}):
+        model = small_model(**changes).to(dtype)
         convert.save_pretrained(model, tmp_path)
-        again = LongLlama.from_pretrained(tmp_path)
-        assert again.config == model.config
+        assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+        again = LongLlama.from_pretrained(tmp_path, dtype=dtype)
+        assert again.config == model.config and not again.training
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -1207,6 +1502,101 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, capsys, monke
     assert capsys.readouterr().err == "" and not list(tmp_path.iterdir())
 
 
+def test_tied_weights_may_come_with_a_copy_which_is_not_converted(tmp_path):
+    model = small_model(tie_word_embeddings=True)
+    convert.save_pretrained(model, tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    again = LongLlama.from_pretrained(tmp_path / "a")
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+    assert run_convert("--input", tmp_path / "a", "--output", tmp_path / "b") == 0
+    assert load_file(tmp_path / "b" / "model.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_conversion_keeps_the_dtype_and_makes_the_folders(dtype, tmp_path, capsys):
+    new = tmp_path / "new" / "folder"
+    model = small_model().to(getattr(torch, dtype))
+    convert.save_pretrained(model, tmp_path / "a")
+    assert run_convert("--input", tmp_path / "a", "--output", new) == 0
+    assert "has no tokenizer.model" in capsys.readouterr().err
+    with safe_open(new / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in model.hf_tensors()} == {getattr(torch, dtype)}
+        assert file.metadata() == {"format": "pt"}  # which transformers wants
+    raw = json.loads((new / "config.json").read_text())
+    assert (raw["torch_dtype"], raw["model_type"], raw["hidden_act"]) == (dtype, "longllama", "silu")
+
+
+def test_conversion_is_refused_onto_its_input_and_onto_a_file_also_if_forced(tmp_path, capsys):
+    convert.save_pretrained(small_model(), tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "file").write_text("x")
+    for source, target, said in (
+        ("a", "link", "is the --input folder"), ("a", "file", "is a file: name a folder"), ("none", "b", "is not a folder"),
+    ):  # fmt: skip
+        assert run_convert("--input", tmp_path / source, "--output", tmp_path / target, "--force") == 2
+        assert said in one_line(capsys)
+
+
+def test_the_config_which_makes_a_folder_a_model_is_written_last(tmp_path, monkeypatch):
+    convert.save_pretrained(small_model(), tmp_path / "a")
+    moved, replace = [], os.replace
+    monkeypatch.setattr(convert.os, "replace", lambda x, y: (moved.append(Path(y).name), replace(x, y)))
+    assert run_convert("--input", tmp_path / "a", "--output", tmp_path / "b") == 0
+    assert moved[-1] == "config.json"
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "whole"])
+def test_one_bad_tensor_among_all_is_refused(kind, tmp_path, capsys):
+    hf_llama(tmp_path / "theirs")
+    as_released(tmp_path / "theirs", "bin")
+    file = tmp_path / "theirs" / "pytorch_model.bin"
+    tensors = torch.load(file)
+    x = tensors["model.norm.weight"]
+    tensors["model.norm.weight"] = {"sparse": x.to_sparse, "whole": x.int, "meta": lambda: x.to("meta")}[kind]()
+    torch.save(tensors, file)
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 2
+    assert "is not a dictionary of tensors" in one_line(capsys) and not (tmp_path / "ours").exists()
+
+
+def test_bin_files_of_before_torch_1_6_are_read(tmp_path):
+    hf_llama(tmp_path / "theirs")
+    as_released(tmp_path / "theirs", "bin")
+    file = tmp_path / "theirs" / "pytorch_model.bin"
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 0
+
+
+def test_tensors_of_all_sizes_are_aligned_in_a_file(tmp_path):
+    dtypes = {"a": torch.float8_e4m3fn, "b": torch.float32, "c": torch.bool, "d": torch.float16}
+    tensors = {name: torch.ones(3, dtype=dtype) for name, dtype in dtypes.items()}
+    convert.write_safetensors(tmp_path / "file", convert.as_weights(tensors), {})
+    raw = (tmp_path / "file").read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + n])
+    assert n % 8 == 0 and all(header[name]["data_offsets"][0] % x.itemsize == 0 for name, x in tensors.items())
+    assert all(torch.equal(load_file(tmp_path / "file")[name].float(), x.float()) for name, x in tensors.items())
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        (MemoryError(), convert.UserError, "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried"), convert.UserError, "out of memory"),
+        (RuntimeError("not enough memory: you tried"), convert.UserError, "out of memory"),
+        (OSError(2, "No such file", "x"), convert.UserError, "x: No such file"),
+        (ValueError("one\ntwo"), convert.UserError, "one$"),
+        (ValueError(), convert.UserError, "ValueError"),
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+    ],
+    ids=repr,
+)
+def test_users_mistakes_become_one_line_and_bugs_stay_what_they_are(error, kind, said):
+    with pytest.raises(kind, match=said), convert.user_errors():
+        raise error
+
+
 # ---------------------------------------------------------------------------------------------------------- Tokenizer
 
 TEXTS = [
@@ -1274,6 +1664,37 @@ def test_a_continuation_keeps_its_leading_space():
     tokenizer = Tokenizer(TINY / "tokenizer.model")
     decoder = StreamDecoder(tokenizer, continues=True)
     assert "".join(map(decoder.feed, tokenizer.encode("the sea", bos=False))) == " the sea"
+
+
+def special_tokenizer(path: Path, **options) -> Path:
+    with path.open("wb") as file:
+        sentences = iter(["the sea"] * 9)
+        SentencePieceTrainer.train(
+            sentence_iterator=sentences, model_writer=file, vocab_size=9, minloglevel=1, **options
+        )
+    return path
+
+
+def test_a_tokenizer_without_end_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no </s>"):
+        Tokenizer(special_tokenizer(tmp_path / "m", eos_id=-1))
+
+
+def test_ids_out_of_range_and_control_ids_are_no_text(tiny):
+    for i in (-1, tiny[1].vocab_size, 0, 1, 2):
+        assert tiny[1].decode([i]) == StreamDecoder(tiny[1]).feed(i) == "" and not tiny[1].is_text(i)
+
+
+@pytest.mark.parametrize(
+    "kept", [{"add_dummy_prefix": False, "remove_extra_whitespaces": False}, {}], ids=["kept", "dropped"]
+)
+def test_tokenizers_that_keep_or_drop_all_spaces_stream_the_text_of_all_ids(kept, tmp_path):
+    tokenizer = Tokenizer(special_tokenizer(tmp_path / "m", **kept))
+    space, rest = tokenizer.sp.piece_to_id("\u2581"), tokenizer.encode("sea", bos=False)
+    for ids in ([space, space, *rest], [space, *rest, space, space, *rest], rest + rest, tokenizer.encode("  the sea")):
+        decoder = StreamDecoder(tokenizer)
+        assert "".join(map(decoder.feed, ids)) + decoder.flush() == tokenizer.decode(ids)
+    assert tokenizer.decode(ids) == ("  the sea" if kept else "the sea")
 
 
 # ------------------------------------------------------------------------------------------------------- Command line
@@ -1374,7 +1795,8 @@ def test_settings_that_will_overflow_are_warned_of_with_the_value_that_avoids_it
         ["--prompt-file", "."], ["--prompt", "a", "--top-p", "1.7"], ["--prompt", "a", "--top-p", "0"],
         ["--prompt", "a", "--top-k", "0"], ["--prompt", "a", "--temperature", "-1"], ["--prompt", "a", "--temperature", "nan"],
         ["--prompt", "a", "--max-new-tokens", "-3"], ["--prompt", "a", "--max-new-tokens", "many"],
-        ["--prompt", "a", "--seed", "-1"],
+        ["--prompt", "a", "--seed", "-1"], ["--prompt", "a", "--seed", str(2**63)], ["--prompt", "caf\udce9"],
+        *(["--prompt", "a", "--device", name] for name in ("meta", "xla", "hpu", "vulkan", "cuda:99", "privateuseone")),
         ["--prompt", "a", "--dtype", "int8"], ["--prompt", "a", "--mem-dtype", "int8"], ["--prompt", "a", "--device", "abacus"],
         ["--prompt", "a", "--last-context-length", "0"], ["--prompt", "a", "--mem-attention-grouping", "0", "4"],
         ["--prompt", "a", "--model", "missing"], ["--prompt", "a", "--model", "empty"],
@@ -1582,6 +2004,109 @@ def test_compiled_layers_give_the_same_text(capsys):
     eager = capsys.readouterr().out
     assert run_generate(*prompt, "--compile") == 0
     assert capsys.readouterr().out == eager
+
+
+def stepping_pair(monkeypatch, **changes) -> tuple[LongLlama, LongLlama]:
+    """A model, and the same that does single tokens as a CUDA graph would."""
+    monkeypatch.setattr(generate, "captured", lambda work, device: work)
+    model, stepping = small_model(**changes), small_model(**changes)
+    stepping.forward = generate.Steps(stepping)
+    return model, stepping
+
+
+@pytest.mark.parametrize(
+    "changes, last", [({"hidden_size": 48}, 8), ({}, 20)], ids=["padded heads", "beyond the window"]
+)
+def test_steps_of_padded_heads_or_beyond_the_window_and_in_either_mode_give_the_same_logits(changes, last, monkeypatch):
+    pair, ids = stepping_pair(monkeypatch, **changes), torch.randint(61, (2, 60))
+    caches = [Cache(pair[0].config) for _ in pair]
+    for mode, parts in (torch.inference_mode, [50, 1, 1, 1, 1, 6]), (torch.no_grad, [57, 1, 1, 1]):
+        with mode():
+            for part in ids.split(parts, dim=1):
+                a, b = (m(part, c, last_context_length=last)[0] for m, c in zip(pair, caches))
+                assert (a - b).abs().max() < 1e-4 and caches[0].local_length == caches[1].local_length
+
+
+@torch.inference_mode()
+def test_steps_go_on_after_padding_and_after_a_capture_that_failed(monkeypatch):
+    pair, ids = stepping_pair(monkeypatch), torch.randint(61, (2, 30))
+    caches = [m(ids)[1] for m in pair]
+    other = pair[1](ids)[1]
+
+    def read(token, *mask):
+        a, b = (m(ids[:, token : token + 1], c, *mask)[0] for m, c in zip(pair, caches))
+        assert (a - b)[1].abs().max() < 1e-4  # the other row may be padding
+
+    read(0)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(generate, "captured", lambda *_: 1 / 0)
+        pair[1](ids[:, :1], other)
+    read(1)
+    read(2, torch.tensor([[0], [1]]))
+    read(3)
+
+
+def test_steps_leave_gradients_and_other_kinds_of_memory_alone(monkeypatch):
+    monkeypatch.setattr(generate, "captured", lambda *_: pytest.fail("captured"))
+    kind, model, ids = type("OtherMemory", (longllama.Memory,), {}), small_model(), torch.randint(61, (1, 30))
+    model.forward = generate.Steps(model)
+    with torch.no_grad():
+        _, cache = model(ids)
+    assert model(ids[:, :1], cache)[0].requires_grad
+    with torch.inference_mode():
+        cache = Cache(model.config, kind)
+        model(ids, cache)
+        model(ids[:, :1], cache)
+
+
+def test_every_flag_is_used(monkeypatch):
+    seen, load, run = {}, generate.load, LongLlama.generate
+    monkeypatch.setattr(generate, "load", lambda *args, **named: (seen.update(named), load(*args, **named))[1])
+    monkeypatch.setattr(LongLlama, "generate", lambda *args, **named: (seen.update(named), run(*args, **named))[1])
+    flags = {
+        "last_context_length": 9, "mem_dtype": "float16", "mem_attention_grouping": [2, 4], "mem_device": "cpu", "mem_topk": 5,
+        "keep_local": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.25, "seed": 6,
+    }  # fmt: skip
+    words = ["--prompt", "The sea", "--max-new-tokens", 1]
+    for name, value in flags.items():
+        words += ["--" + name.replace("_", "-"), *(value if isinstance(value, list) else [value])]
+    assert run_generate(*words) == 0
+    assert {name: seen.get(name) for name in flags} == flags
+
+
+def test_a_memory_is_saved_also_where_text_is_written(tmp_path, capsys):
+    assert run_generate("--prompt", "The sea", "--max-new-tokens", 3, "--save-memory", tmp_path / "memory") == 0
+    assert (tmp_path / "memory").exists() and capsys.readouterr().out.strip()
+
+
+def test_text_after_an_empty_prompt_begins_without_a_space(tiny, capsys):
+    for seed in range(3):
+        assert run_generate("--prompt", "", "--max-new-tokens", 8, "--seed", seed) == 0
+        ids = [i.item() for i in tiny[0].generate(torch.tensor([[1]]), 8, temperature=0.8, seed=seed)]
+        assert capsys.readouterr().out == tiny[1].decode(ids) + "\n"
+
+
+def test_overrides_of_0_are_taken_and_of_none_are_not(tmp_path):
+    for file in ("model.safetensors", "tokenizer.model"):
+        shutil.copyfile(TINY / file, tmp_path / file)
+    raw = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"keep_local": 6}))
+    for given, taken in (0, 0), (None, 6):
+        assert generate.load(tmp_path, torch.device("cpu"), keep_local=given)[0].config.keep_local == taken
+
+
+@torch.no_grad()
+def test_overflow_is_warned_of_only_where_there_is_one_and_a_way_around_it():
+    def warned(model, T, new, cache=None) -> list[str]:
+        args = SimpleNamespace(max_new_tokens=new)
+        return list(generate.warnings(args, "sea", T, model, cache or Cache(model.config)))
+
+    assert warned(small_model(mem_layers=()), 10, 10) == warned(small_model(keep_local=2), 10, 10) == []
+    model = small_model()
+    assert "at most 8 new tokens avoid it" in warned(model, 30, 16)[0]
+    assert "--last-context-length 1 avoids it" in warned(model, 30, 15)[0]
+    _, cache = model(torch.ones(1, 15, dtype=torch.long), last_context_length=15)
+    assert "at most 1 new tokens avoid it" in warned(model, 1, 4, cache)[0]
 
 
 # -------------------------------------------------------------------------------------------------------- Tiny model
