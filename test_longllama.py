@@ -370,6 +370,24 @@ def test_training_shows_memory_layers_what_inference_remembers():
 
 
 @torch.no_grad()
+def test_a_norm_in_bfloat16_is_exactly_that_of_transformers():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, weight = torch.randn(50, 32).bfloat16(), torch.nn.Parameter(torch.rand(32).bfloat16())
+    ours, theirs = longllama.RMSNorm(32, 1e-5), LlamaRMSNorm(32, 1e-5)
+    ours.weight = theirs.weight = weight
+    assert torch.equal(ours(x), theirs(x))
+
+
+@torch.no_grad()
+def test_many_queries_make_no_matrix_of_scores(mkl):
+    q, (k, v) = torch.randn(1, 4, 200, 8), torch.randn(2, 1, 4, 1000, 8).bfloat16()
+    with LargestTensor() as seen:
+        attend(q, k, v)
+    assert seen.numel <= k.numel()
+
+
+@torch.no_grad()
 def test_grouped_queries_copy_no_keys():
     q, (k, v) = torch.randn(1, 8, 1, 8), torch.randn(2, 1, 1, 4096, 8)
     with LargestTensor() as seen:
