@@ -427,7 +427,7 @@ class Steps:
     def __init__(self, model: LongLlama, join: Callable = join, merge: Callable = merge):
         """join, merge: those functions, or compiled ones."""
         self.model, self.uncaptured, self.join, self.merge = model, model.forward, join, merge
-        self.places: list[weakref.ref] = []  # the tensors that the graph reads and writes, which a cache may drop
+        self.places: list[weakref.ref] = []  # the local contexts that the graph reads and writes; a cache may drop them
         self.replay = self.logits = None  # see `prepare`
 
     def __call__(

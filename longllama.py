@@ -280,8 +280,8 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
 
 
 def fused_kernel(q: Tensor, k: Tensor, bias: Tensor | None) -> Callable[..., tuple] | None:
-    """The fused kernel for q (B, H, T, D) and k (B, G, S, D), of those that return the log-sum-exp. None: the formula has to do,
-    with gradients; on a GPU in float32, before Ampere, or with padding that cuDNN does not take; on a CPU where it is faster."""
+    """The fused kernel, with a log-sum-exp, for q (B, H, T, D) and k (B, G, S, D). None leaves it to the formula: with gradients;
+    on a GPU in float32, before Ampere, or with padding that cuDNN does not take; on a CPU where the formula is faster."""
     aten, cuda = torch.ops.aten, torch.backends.cuda
     if torch.is_grad_enabled():  # the kernels' log-sum-exp has no gradient
         return None
@@ -442,7 +442,7 @@ class Memory:
         """`attend`, to keys and values as they are stored: float8's still divided by their scales."""
         B, H, _, D = q.shape
         heads, queries = self.grouping or (H, ROWS)
-        rows = heads * queries // H  # of all heads, so as to make no more scores at once; one at least
+        rows = heads * queries // H  # of all heads, so as to make no more scores at once; 0 is taken as 1
         if self.topk is None:
             return reduce(self.merge, (attend(q, *block, rows=rows) for block in self.blocks_on(q.device, real)))
         K = min(self.topk, self.length)

@@ -1160,9 +1160,8 @@ def test_a_cache_of_another_model_is_refused(changes):
     cache = small_model(**changes)(ids)[1]
     with pytest.raises(ValueError, match="cache was made for a model of another shape"):
         small_model()(ids, cache)
-    assert (
-        small_model(mem_topk=1000)(ids, small_model()(ids)[1])[1].memory_length > 60
-    )  # other settings are no other shape
+    other_settings = small_model(mem_topk=1000)
+    assert other_settings(ids, small_model()(ids)[1])[1].memory_length > 60
 
 
 @torch.no_grad()
