@@ -1,0 +1,213 @@
+"""`FastLlama`: the model of longllama.py with everything in this folder plugged in, and its config.
+
+    model = FastLlama.from_pretrained("tiny")
+
+Its weights, its interface and, up to rounding, its logits are those of `LongLlama`. It also checks what it is given before it
+computes: configs, caches and files of any make are refused in a line that names what does not fit.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fast.context import FastContext
+from fast.files import find_weights
+from fast.linear import LIMITS, Limits, use_fast_linear
+from fast.memory import FastMemory
+from fast.steps import Steps, captured, compile_blocks, compile_step, compiled, join
+from longllama import Cache, LongLlama, LongLlamaConfig, merge, require
+
+MEM_DTYPES = (*LongLlamaConfig.MEM_DTYPES, "float8_e4m3fn")
+LARGEST = 1 << 28  # of any size or length in a config: what is far beyond all use is refused, before it overflows
+
+
+def is_count(value) -> bool:
+    return type(value) is int and value >= 1
+
+
+@dataclass(frozen=True)
+class FastConfig(LongLlamaConfig):
+    """With settings of `FastMemory`, float8 for mem_dtype, and every value checked. Impossible ones raise ValueError, by name."""
+
+    mem_topk: int | None = None  # a query attends to this many remembered tokens, those with the best keys; None: all
+    mem_device: str | None = None  # "cpu": memory is kept in main memory, and copied to a GPU in pieces, as it is used
+
+    MEM_DTYPES = MEM_DTYPES
+
+    def __post_init__(self):
+        if self.pad_token_id == -1:  # none, in old LLaMA's configs
+            vars(self).update(pad_token_id=0)
+        for field in fields(self):
+            self.check(field.name, field.type, getattr(self, field.name), field.default)
+        require(isinstance(self.mem_layers, (list, tuple)), f"mem_layers must be a list, not {self.mem_layers!r}")
+        require(
+            all(type(i) is int for i in self.mem_layers), f"mem_layers must be whole numbers, not {self.mem_layers}"
+        )
+        grouping = self.mem_attention_grouping
+        fits = grouping is None or (
+            isinstance(grouping, (list, tuple)) and len(grouping) == 2 and all(map(is_count, grouping))
+        )
+        require(fits, f"mem_attention_grouping must be null or [heads, queries] of at least 1, not {grouping!r}")
+        vars(self).update(mem_attention_grouping=grouping and tuple(grouping))
+        require(self.mem_device in (None, "cpu"), f'mem_device must be null or "cpu", not {self.mem_device!r}')
+        super().__post_init__()
+
+    def check(self, name: str, kind, value, default):
+        limits = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "vocab_size")
+        limits["keep_local"] = "max_position_embeddings"
+        if value is None and default is None:
+            return
+        if name in limits:
+            fits = type(value) is int and 0 <= value < getattr(self, limits[name])
+            require(fits, f"{name} must be one whole number, at least 0 and less than {limits[name]}, not {value!r}")
+        elif kind in (int, int | None):
+            fits = is_count(value) and value <= LARGEST
+            require(fits, f"{name} must be a whole number of 1 to {LARGEST}, not {value!r}")
+        elif kind is bool:
+            require(type(value) is bool, f"{name} must be true or false, not {value!r}")
+        elif kind is float:
+            fits = type(value) in (int, float) and 0 < value < 1e38
+            require(fits, f"{name} must be above 0 and below 1e38, not {value!r}")
+
+    @classmethod
+    def from_json(cls, path: str | Path, **overrides) -> "FastConfig":
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            require(isinstance(raw, dict), "must be a JSON object")
+            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            require(isinstance(rope, dict), "rope_parameters or rope_scaling must be a JSON object")
+            config = super().from_json(path)
+        except (ValueError, RecursionError) as error:  # broken JSON is a ValueError, if it is not nested too deep
+            raise ValueError(f"{path}: {error}") from None
+        return cls(**asdict(config) | overrides)
+
+
+class FastLlama(LongLlama):
+    config_class = FastConfig
+    limits: Limits = LIMITS
+
+    def __init__(self, config: LongLlamaConfig):
+        super().__init__(config if isinstance(config, FastConfig) else FastConfig(**asdict(config)))
+        use_fast_linear(self, self.limits)
+        self.compiled_logits: Callable | None = None
+        self.steps: Steps | None = None
+        self.merge_step, self.new_memory = merge, None
+
+    def new_cache(self, new_memory: Callable | None = None, new_context: Callable | None = None, **settings) -> Cache:
+        """new_memory, new_context: see `Cache`; None: the model's, that is the fast ones, if `use_memory` named no other.
+        settings: of the config, for this cache alone."""
+        memory = partial(FastMemory, merge_step=self.merge_step, limits=self.limits)
+        context = partial(FastContext, limits=self.limits)
+        config = replace(self.config, **settings)
+        return Cache(config, new_memory or self.new_memory or memory, new_context or context)
+
+    def use_memory(self, new_memory: Callable):
+        """Caches made from now on have memories of this class. Raises ValueError for settings that it does not know."""
+        name, config = new_memory.__name__, self.config
+        asked = (
+            config.mem_topk is not None
+            or config.mem_device is not None
+            or config.mem_dtype not in LongLlamaConfig.MEM_DTYPES
+        )
+        fits = issubclass(new_memory, FastMemory) or not asked
+        require(fits, f"{name} knows no mem_topk, mem_device or float8: make it a subclass of fast.FastMemory")
+        self.new_memory = new_memory
+
+    def compile_layers(self):
+        """Compiles the layers as they are first used; on a GPU, single tokens are read by captured steps then."""
+        compile_blocks(self.layers)
+        self.compiled_logits = compiled(LongLlama.logits)
+        if self.norm.weight.is_cuda:
+            self.capture_steps(captured, compile_step(join), compile_step(merge))
+
+    def capture_steps(self, capture: Callable, join: Callable = join, merge: Callable = merge):
+        """Single tokens are read by `Steps`. The memory of caches made from now on merges their blocks by `merge`, too."""
+        self.steps, self.merge_step = Steps(self, capture, join, merge), merge
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x) if self.compiled_logits is None else self.compiled_logits(self, x)
+
+    def forward(
+        self, input_ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None, *args, **kwargs
+    ) -> tuple[Tensor, Cache]:
+        steps = self.steps if attention_mask is None and cache is not None and kwargs.get("labels") is None else None
+        if steps is not None and steps.can_replay(input_ids, cache):
+            return steps.read(input_ids, cache)
+        return super().forward(input_ids, cache, attention_mask, *args, **kwargs)
+
+    def hidden_states(self, input_ids, cache=None, mask=None, last=None, wanted=0) -> tuple[Tensor, Cache]:
+        (B, T), config = input_ids.shape, self.config
+        require(T > 0, "input_ids must hold at least one token; an empty text starts from the bos token")
+        require(last is None or is_count(last), f"last_context_length must be at least 1, not {last!r}")
+        require(wanted >= 0, f"logits_to_keep must be at least 0, not {wanted}")
+        float8 = config.mem_layers and config.mem_dtype == "float8_e4m3fn"
+        require(not (float8 and torch.is_grad_enabled()), "float8 memory has no gradients: read under torch.no_grad()")
+        if mask is not None:
+            require(mask.shape == (B, T), f"attention_mask must be {(B, T)}, not {tuple(mask.shape)}")
+        if cache is not None:
+            configs = config, cache.config
+            shapes = {(c.num_hidden_layers, c.mem_layers, c.num_key_value_heads, c.head_dim) for c in configs}
+            require(len(shapes) == 1, "the cache was made for a model of another shape")
+        return super().hidden_states(input_ids, cache, mask, last, wanted)
+
+    def forward_cross_batch(self, input_ids: Tensor, extra: list[int]) -> Tensor:
+        rows = len(input_ids)
+        fits = len(extra) == rows and all(0 <= n <= b for b, n in enumerate(extra))
+        require(fits, f"extra must say how many of the entries before it each of {rows} entries sees, not {extra}")
+        return super().forward_cross_batch(input_ids, extra)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        attention_mask=None,
+        **more,
+    ) -> Iterator[Tensor]:
+        require(temperature == 0 or temperature >= 1e-5, f"temperature must be 0, or at least 1e-5, not {temperature}")
+        require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
+        require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
+        ends = attention_mask is None or attention_mask[..., -1:].all()
+        require(ends, "attention_mask has padding at the end of a row: padding stands on the left")
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return super().generate(input_ids, max_new_tokens, attention_mask=attention_mask, **sampling, **more)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device="cpu", dtype=torch.float32, **config_overrides) -> "FastLlama":
+        """As LongLlama's; the weights may be Hugging Face's shards. Raises FileNotFoundError or ValueError, naming the file, the
+        field or the tensor, before it takes memory for them."""
+        config = cls.config_class.from_json(Path(folder) / "config.json", **config_overrides)
+        check_weights(config, {name: shape for name, (_, shape, _) in find_weights(Path(folder)).items()}, Path(folder))
+        return super().from_pretrained(folder, device, dtype, **config_overrides)
+
+    @torch.no_grad()
+    def load(self, folder: Path):
+        self.tie_weights()
+        found, device = find_weights(folder), str(self.norm.weight.device)
+        for name, tensor in self.hf_tensors().items():
+            with safe_open(found[name][0], framework="pt", device=device) as file:
+                tensor.copy_(file.get_tensor(name))
+
+
+def check_weights(config: LongLlamaConfig, found: dict[str, list[int]], where: Path) -> list[str]:
+    """The names of a model's weights. Raises ValueError where the tensors found, name -> shape, are not those of the model."""
+    layers = config.num_hidden_layers
+    require(
+        layers <= len(found), f"{where}: config.json has {layers} layers, and there are {len(found)} tensors in all"
+    )
+    with torch.device("meta"):
+        right = {name: list(tensor.shape) for name, tensor in LongLlama(config).hf_tensors().items()}
+    names = (found.keys() | right) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    wrong = sorted(name for name in names if found.get(name) != right.get(name))
+    listed = [f"{name} is {found.get(name, 'missing')}, not {right.get(name, 'expected')}" for name in wrong[:3]]
+    require(not wrong, f"{where}: weights and config.json differ in {len(wrong)} tensors: {'; '.join(listed)}")
+    return list(right)
