@@ -1,25 +1,22 @@
-"""Hugging Face LLaMA and LongLLaMA folders to ours, and back.
+"""Turns Hugging Face folders of LLaMA and LongLLaMA into ours, and back.
 
-    python convert.py --input HF_DIR --output DIR [--dtype bfloat16]      # pytorch_model.bin or safetensors, whole or sharded
-    python convert.py --input DIR --output HF_DIR --to-hf                 # for LlamaForCausalLM.from_pretrained
+    python convert.py --input HF_DIR --output DIR --dtype bfloat16      # pytorch_model.bin or safetensors, whole or sharded
+    python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
 
 Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model. Going back, the
 weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept.
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
-tensors, and no file outside the input folder is opened. `write_safetensors` is the one writer of such files, also for
-`save_pretrained` and for the memories that generate.py saves; and `ending_well` is how every program here ends.
+tensors, and no file outside the input folder is opened.
 """
 
-import argparse
 import json
 import os
 import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,12 +25,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longllama import WEIGHT_DTYPES, LongLlama, LongLlamaConfig, find_weights, weight_files
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3", torch.bool: "BOOL"}
-
-Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
+from cli.ending import ending_well, out_of_memory
+from cli.flags import parser_for
+from cli.loading import DTYPES
+from fast import FastConfig
+from fast.files import WEIGHT_DTYPES, Weights, as_weights, find_weights, weight_files, write_safetensors
+from fast.model import check_weights
+from longllama import LongLlama, LongLlamaConfig
 
 
 def read_weights(folder: Path) -> Weights:
@@ -85,48 +83,6 @@ def load_pickled(path: Path):
         raise ValueError(f"{path} is broken, or holds more than tensors, which is not loaded: get it again") from None
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which becomes the file of that name when all is written. Raises OSError."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} cannot be written: it is not a regular file, and is not replaced by one")
-    target = path.resolve()  # what a link points to, and not the link
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")  # nobody else's
-    try:
-        yield unfinished
-        unfinished.replace(target)
-    except OSError as error:
-        if error.filename and Path(error.filename) != unfinished:  # something else, that was read meanwhile
-            raise
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dtype: torch.dtype | None = None):
-    """Writes a safetensors file, in dtype or as the weights are, whole or not at all. Raises OSError.
-
-    Tensor by tensor (safetensors' own writer wants all in memory at once): an 8-byte header length, a JSON header, the data.
-    """
-    header, offset = {"__metadata__": metadata}, 0
-    ordered = sorted(weights.items(), key=lambda item: -(dtype or item[1][1]).itemsize)  # so that all are aligned
-    for name, (shape, stored, _) in ordered:
-        end = offset + torch.Size(shape).numel() * (dtype or stored).itemsize
-        header[name] = {"dtype": NAMES[dtype or stored], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, (_, stored, read) in ordered:
-            file.write(read().to(dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
-
-
-def as_weights(tensors: dict[str, Tensor]) -> Weights:
-    """Tensors, as `write_safetensors` wants them: detached, since numpy takes none that has gradients."""
-    return {name: (list(x.shape), x.dtype, x.detach) for name, x in tensors.items()}
-
-
 def write_config(path: Path, config: LongLlamaConfig, dtype: torch.dtype, to_hf: bool = False):
     """config.json; to_hf: as LlamaForCausalLM reads it, which ignores the memory settings, and convert.py finds them again."""
     names = ("LlamaForCausalLM", "llama") if to_hf else ("LongLlamaForCausalLM", "longllama")
@@ -152,11 +108,10 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
         raise FileExistsError(f"--output {target} is not empty: name another folder, or add --force")
     if target.exists() and target.samefile(source):
         raise ValueError("--output is the --input folder: name another one")
-    config = LongLlamaConfig.from_json(source / "config.json")
+    config = FastConfig.from_json(source / "config.json")
     weights = read_weights(source)
-    model = LongLlama.without_storage(config, {name: shape for name, (shape, _, _) in weights.items()}, source)
-    wanted = model.hf_tensors()  # not the copy that tied weights may come with; and in the order of the files
-    weights = {name: weight for name, weight in weights.items() if name in wanted}
+    wanted = check_weights(config, {name: shape for name, (shape, _, _) in weights.items()}, source)
+    weights = {name: weight for name, weight in weights.items() if name in wanted}  # not a copy of tied ones
     saved = dtype or next(iter(weights.values()))[1]
     target.parent.mkdir(parents=True, exist_ok=True)
     disk = target if target.exists() else target.parent  # an existing target may be a mount point
@@ -176,65 +131,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
                 (target / file).unlink(missing_ok=True)  # with --force: a tokenizer of what was there before
 
 
-# ------------------------------------------------------------------------------------------------- How programs end
-
-
-class UserError(Exception):
-    """One line for the user."""
-
-
-def first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def out_of_memory(error: Exception) -> bool:
-    said = any(text in str(error) for text in ("allocate memory", "out of memory", "not enough memory"))
-    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """OSError and ValueError, which say what does not fit, too little memory, and no compiler, become a `UserError`."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(first_line(error)) from None
-    except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise UserError("out of memory: try a shorter text, or a smaller --dtype or --mem-dtype") from None
-        if type(error).__module__.startswith("torch._inductor"):  # torch's compiler: most often another one is missing
-            raise UserError(
-                f"--compile fails here: {first_line(error)}; install a C++ compiler, or leave it out"
-            ) from None
-        raise
-
-
-@contextmanager
-def ending_well(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Around a program: it ends with one line and status 2 for a `UserError`, and quietly where its user stops it."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the text
-    try:
-        with user_errors():
-            yield
-            sys.stdout.flush()  # what waits in there has a reader, or not
-    except UserError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder to read")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")

@@ -1,0 +1,1 @@
+"""What all programs share: flags, reading texts, loading models, progress, and how they end."""

@@ -1,0 +1,137 @@
+"""Flags, and the types of their values."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from cli.loading import DTYPES, TINY
+from cli.texts import hide_key, read_text
+from fast import MEM_DTYPES
+
+
+def parser_for(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help begins with the first line of a program's docstring, and ends with the commands in it."""
+    commands = "\n".join(re.findall(r"^    .*", doc, re.MULTILINE))
+    return argparse.ArgumentParser(
+        description=doc.split("\n")[0],
+        usage=argparse.SUPPRESS,
+        epilog=f"examples:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
+    """An argparse type: a number from low (or, with above, from just above it) to high."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'at least'} {low}"
+                + f" and at most {high}" * (high < float("inf"))
+            )
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def listed(parse: Callable) -> Callable:
+    """An argparse type: several of another type, with commas between them."""
+
+    def parse_list(text: str) -> list:
+        return [parse(part) for part in text.split(",")]
+
+    parse_list.__name__ = f"list of {parse.__name__}s"
+    return parse_list
+
+
+def parse_length(text: str) -> int:
+    """An argparse type: 512, 16k or 1M."""
+    units = {"k": 1 << 10, "M": 1 << 20}
+    digits, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    if not digits.isdecimal() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length such as 512, 16k or 1M")
+    return int(digits) * unit
+
+
+parse_lengths = listed(parse_length)
+
+
+def short(n: int) -> str:
+    """What `parse_length` takes."""
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if n % size == 0:
+            return f"{n // size}{unit}"
+    return str(n)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, several: bool = False):
+    """--model, --device and --dtype, for `pick_device` and `load`. several: of models."""
+    add, default, nargs = parser.add_argument, [TINY] if several else TINY, "+" if several else None
+    add(
+        "--model",
+        type=Path,
+        nargs=nargs,
+        default=default,
+        metavar="DIR",
+        help="default: the tiny model that comes along",
+    )
+    add("--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or a torch device")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU")
+
+
+def add_own_memory_flag(parser: argparse.ArgumentParser):
+    """--memory, for `load`."""
+    parser.add_argument("--memory", metavar="FILE.py:CLASS", help="a memory of your own, see examples/own_memory.py")
+
+
+MEMORY_FLAGS = ("last_context_length", "mem_dtype", "mem_device", "mem_topk", "keep_local")
+
+
+def add_memory_flags(parser: argparse.ArgumentParser):
+    """MEMORY_FLAGS, which override config.json, and --memory."""
+    add, count = parser.add_argument, number(int, 1)
+    add("--last-context-length", type=count, metavar="N", help="this many tokens at a text's end stay local")
+    add(
+        "--keep-local", type=number(int, 0), metavar="N", help="when the window is full, its newest N tokens stay local"
+    )
+    add("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as (default: what config.json says)")
+    add("--mem-device", choices=["cpu"], help="keep memory in main memory, and stream it to the GPU: longer texts fit")
+    add("--mem-topk", type=count, metavar="K", help="attend to each query's K best tokens of memory only")
+    add_own_memory_flag(parser)
+
+
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser):
+    """SAMPLING_FLAGS, which `LongLlama.generate` takes."""
+    add = parser.add_argument
+    add("--temperature", type=number(float, 0), default=0.8, metavar="X", help="0: always the likeliest (default 0.8)")
+    add("--top-k", type=number(int, 1), metavar="K", help="draw from the K likeliest tokens")
+    add("--top-p", type=number(float, 0, 1, above=True), metavar="P", help="draw from the likeliest of probability P")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
+
+
+def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
+    return {name: getattr(args, name) for name in names}
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser):
+    """--prompt or --prompt-file, for `read_prompt`."""
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
+
+
+def demonstration() -> list[str]:
+    """Flags that ask for a pass key, 160 windows back in the book that comes along: where a program was given none."""
+    return ["--prompt", hide_key(read_text(TINY / "book.txt")), "--max-new-tokens", "6", "--temperature", "0"]
+
+
+def check_new_file(flag: str, path: Path):
+    """Refuses, before the work begins, a path that its result could not be written to."""
+    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: name a file, not a folder or device, in a folder that exists")

@@ -1,0 +1,90 @@
+"""Models, tokenizers and memories by the names that flags give them, and what may surprise about a prompt."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from fast import FastLlama
+from longllama import Cache, split_into_windows
+from tokenizer import Tokenizer
+
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        made = torch.zeros(1, device=name)
+        made.item()  # which "meta" refuses
+        return made.device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        raise ValueError(f"--device {name} is none that torch can use here: auto takes the best there is") from None
+
+
+def load(
+    folder: Path, device: torch.device, dtype: str = "auto", memory: str | None = None, **overrides
+) -> tuple[FastLlama, Tokenizer]:
+    """The model and the tokenizer in a folder. memory: FILE.py:CLASS. overrides: of the config; None is none. Raises OSError
+    or ValueError."""
+    for name in ("config.json", "tokenizer.model"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"--model {folder} has no {name}: name a folder made by convert.py, or a download")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    model = FastLlama.from_pretrained(folder, device, dtype, **overrides)
+    check_vocabulary(folder, tokenizer, model)
+    if memory is not None:
+        model.use_memory(own_memory(memory))
+    return model, tokenizer
+
+
+def own_memory(name: str) -> Callable:
+    """The class that FILE.py:CLASS names. The file is run. Raises ValueError."""
+    file, _, kind = name.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"--memory {name}: write FILE.py:CLASS, a Python file and a class in it")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--memory {file} does not run: {type(error).__name__}: {error}") from None
+    found = getattr(module, kind, None)
+    if not inspect.isclass(found):
+        raise ValueError(f"--memory {name}: {file} has no class {kind}")
+    return found
+
+
+def check_vocabulary(where: Path, tokenizer: Tokenizer, model: FastLlama):
+    """Raises ValueError where the tokenizer, from `where`, has ids that the model has not."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: "
+            "they do not belong together"
+        )
+
+
+def warnings(prompt: str, T: int, new: int, model: FastLlama, cache: Cache) -> Iterator[str]:
+    """What may surprise about a prompt of T tokens that is read after what the cache holds, and `new` tokens after it."""
+    config = model.config
+    if prompt.lstrip().startswith("<s>"):
+        yield "the prompt begins with the text <s>; the bos token is added without it, so leave it out"
+    start, stop, keep = split_into_windows(T, config.last_context_length, cache, config)[-1]
+    window, local = config.max_position_embeddings, keep + stop - start
+    if config.mem_layers and not config.keep_local and local + new > window:
+        fits = f"--last-context-length {window - new} avoids it"
+        if cache.local_length or new >= window:
+            fits = f"at most {max(window - local, 1)} new tokens avoid it"
+        yield (
+            f"a local context of {local} and {new} new tokens exceed the window of {window}: once it is full, layers "
+            f"without memory start again with almost no context; {fits}, --keep-local {window // 4} softens it"
+        )
