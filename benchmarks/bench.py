@@ -4,6 +4,7 @@
     python benchmarks/bench.py --shape mid --prompt-tokens 16k --mem-dtype float32,bfloat16 --compare ""
     python benchmarks/bench.py --shape 3b --device cuda --compile --prompt-tokens 2k,16k,256k,1M --compare naive,sdpa,transformers
 
+core          longllama.py alone, without what fast/ plugs in
 naive         the same model written plainly: one matrix of all scores, keys and values concatenated at every step
 sdpa          naive, but with scaled_dot_product_attention and a mask over the concatenated keys
 transformers  LlamaForCausalLM (sdpa): the whole prompt in its own cache; no memory, no windows
@@ -31,10 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import ending_well, out_of_memory
-from examples.passkey import parse_lengths
-from generate import DTYPES, TINY, compile_layers, number, pick_device, process_peak
-from longllama import MEM_DTYPES, Cache, LongLlama, LongLlamaConfig, linear
+from cli.ending import ending_well, out_of_memory
+from cli.flags import number, parse_lengths, parser_for
+from cli.loading import DTYPES, TINY, pick_device
+from cli.progress import process_peak
+from fast import MEM_DTYPES, FastConfig, FastLlama
+from fast.linear import linear
+from longllama import LongLlama
 
 FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
@@ -46,7 +50,7 @@ SHAPES = {
     "3b": (3200, 8640, 26, 32, 2048, 1024, (6, 12, 18), 32000, 1e4),
     "7b": (4096, 11008, 32, 32, 4096, 3072, (8, 16, 24), 32016, 1e6),
 }
-COMPARED = ("naive", "sdpa", "transformers")
+COMPARED = ("core", "naive", "sdpa", "transformers")
 DEVICES = {"cpu": ((1024, 2048, 3072), 2**30), "cuda": ((4096, 8192), 2**32)}  # sizes of matmuls, and bytes to read
 COLUMNS = (
     "prompt", "implementation", "memory dtype", "prefill tokens/s", "x time", "of matmul peak", "decode ms/token", "x time",
@@ -54,41 +58,52 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> LongLlama:
+def random_model(shape: str, device: torch.device, dtype: torch.dtype, mem_device: str | None = None) -> FastLlama:
     sizes = SHAPES[shape]
-    config = LongLlamaConfig(**dict(zip(FIELDS, sizes))) if sizes else LongLlamaConfig.from_json(TINY / "config.json")
+    config = FastConfig(**dict(zip(FIELDS, sizes))) if sizes else FastConfig.from_json(TINY / "config.json")
+    config = replace(config, mem_device=mem_device)
     with torch.device("meta"):
-        model = LongLlama(config)
+        model = FastLlama(config)
     model = model.to(dtype).to_empty(device=device).eval()
+    model.tie_weights()
     for p in model.parameters():
         p.data.normal_(std=config.hidden_size**-0.5) if p.dim() > 1 else p.data.fill_(1)
     return model
 
 
-def bench_model(args: argparse.Namespace) -> LongLlama:
-    model = random_model(args.shape, args.device, args.dtype)
-    model.config = replace(model.config, mem_device=args.mem_device)
+def bench_model(args: argparse.Namespace) -> FastLlama:
+    model = random_model(args.shape, args.device, args.dtype, args.mem_device)
     if args.compile:
-        compile_layers(model)  # which only longllama computes with; the others take its weights
+        model.compile_layers()  # which only longllama computes with; the others take its weights
     return model
 
 
-def random_ids(model: LongLlama, B: int, T: int) -> Tensor:
+def random_ids(model: FastLlama, B: int, T: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (B, T), device=model.norm.weight.device)
 
 
-def reader(name: str, mem_dtype: str, model: LongLlama) -> Callable:
+def reader(name: str, mem_dtype: str, model: FastLlama) -> Callable:
     """read(ids (B, T), cache or None) -> last logits (B, 1, V), and a cache with local_length and memory_bytes."""
     if name == "transformers":
         return transformers_reader(model)
     config, weights = replace(model.config, mem_dtype=mem_dtype), model.hf_tensors()
     if name == "longllama":
-        return lambda ids, cache: model(ids, Cache(config) if cache is None else cache, logits_to_keep=1)
+        return lambda ids, cache: model(ids, cache or model.new_cache(mem_dtype=mem_dtype), logits_to_keep=1)
+    if name == "core":
+        return core_reader(config, model)
     attention = naive_attention if name == "naive" else F.scaled_dot_product_attention
     return lambda ids, cache: (cache or Plain(config, weights, attention)).read(ids)
 
 
-def transformers_reader(model: LongLlama) -> Callable:
+def core_reader(config: FastConfig, model: FastLlama) -> Callable:
+    """longllama.py alone."""
+    with torch.device("meta"):
+        core = LongLlama(config).eval()
+    core.load_state_dict(model.state_dict(), assign=True)
+    return lambda ids, cache: core(ids, cache, logits_to_keep=1)
+
+
+def transformers_reader(model: FastLlama) -> Callable:
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     same = (*FIELDS[:5], "vocab_size", "rope_theta", "rms_norm_eps", "tie_word_embeddings")
@@ -129,7 +144,7 @@ def concatenate(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
 class Plain:
     """The model and its caches, written plainly: all windows go through all layers, all steps rotate all keys anew."""
 
-    def __init__(self, config: LongLlamaConfig, weights: dict[str, Tensor], attention: Callable):
+    def __init__(self, config: FastConfig, weights: dict[str, Tensor], attention: Callable):
         self.config, self.weights, self.attention = config, weights, attention
         self.local, self.memory = defaultdict(list), defaultdict(list)  # [unrotated k, v] of each layer, (B, H, S, D)
 
@@ -179,12 +194,12 @@ class Plain:
         return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.rms_norm_eps)
 
 
-def check(name: str, mem_dtype: str, model: LongLlama):
-    """Exits where an implementation's logits differ from longllama's by more than some roundings of the dtype."""
+def check(name: str, mem_dtype: str, model: FastLlama, read: Callable):
+    """Exits where an implementation's logits, by its `read`, differ from longllama's by more than roundings of the dtype."""
     window, last, weight = model.config.max_position_embeddings, model.config.last_context_length, model.norm.weight
     lengths = (window + window // 2 + last, window - last, 1, 1)  # with memory, full, after an overflow, and a step on
     lengths = (max(last // 2, 1), 1, 1) if name == "transformers" else lengths  # so short that there is no memory
-    readers, caches = [reader(n, mem_dtype, model) for n in ("longllama", name)], (None, None)
+    readers, caches = (reader("longllama", mem_dtype, model), read), (None, None)
     for piece in random_ids(model, 1, sum(lengths)).split(lengths, dim=1):
         (right, logits), caches = zip(*(read(piece, cache) for read, cache in zip(readers, caches)))
         error = ((logits - right).float().norm() / right.float().norm()).item()
@@ -192,7 +207,7 @@ def check(name: str, mem_dtype: str, model: LongLlama):
             sys.exit(f"bench.py: the logits of {name} differ from longllama's by {error:.1%}")
 
 
-def prefill_flops(config: LongLlamaConfig, B: int, T: int, last: int) -> float:
+def prefill_flops(config: FastConfig, B: int, T: int, last: int) -> float:
     """What it takes to read T tokens of which only the last one's logits are wanted; a multiply-add is 2.
 
     The prefix, all but the last `last` tokens, goes through the layers below the last memory layer, where it needs keys
@@ -211,14 +226,14 @@ def prefill_flops(config: LongLlamaConfig, B: int, T: int, last: int) -> float:
     return B * (flops + 2 * C * config.vocab_size)
 
 
-def decode_bytes(model: LongLlama, B: int, local: float, memory: int) -> float:
+def decode_bytes(model: FastLlama, B: int, local: float, memory: int) -> float:
     """The least that one step of B tokens must read: weights (B rows of the embedding), local caches, and memory."""
     embedding, layers = model.embed_tokens.weight, model.config.num_hidden_layers
     weights = model_bytes(model) - (0 if model.config.tie_word_embeddings else embedding.nbytes)
     return weights + memory + B * embedding[0].nbytes * (1 + 2 * layers * local)  # a key is as long as a row: C
 
 
-def model_bytes(model: LongLlama) -> int:
+def model_bytes(model: FastLlama) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
@@ -245,7 +260,7 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
     return flops, array.nbytes / min(fastest(torch.mv, array, array[0]), fastest(torch.sum, array))
 
 
-def measure(read: Callable, model: LongLlama, B: int, T: int, steps: int) -> tuple[float, float, float, int]:
+def measure(read: Callable, model: FastLlama, B: int, T: int, steps: int) -> tuple[float, float, float, int]:
     """Reads a prompt, then decodes greedily; the first step, which makes room for more, does not count.
 
     Seconds of the prefill, and of a step; average length of the local context; bytes of memory.
@@ -284,7 +299,7 @@ def growth_alone(*line) -> int | None:
     return None if isinstance(error, BrokenExecutor) or out_of_memory(error) else future.result()
 
 
-def row(args: argparse.Namespace, model: LongLlama, T: int, name: str, runs: list, base: list, growth: int, peaks):
+def row(args: argparse.Namespace, model: FastLlama, T: int, name: str, runs: list, base: list, growth: int, peaks):
     """The numbers of one line of the table; `x time`: as a multiple of the times of the runs in base."""
     (prefill, step, local, memory), (base_prefill, base_step, *_) = (map(median, zip(*x)) for x in (runs, base))
     last = T if name == "transformers" else model.config.last_context_length
@@ -297,7 +312,7 @@ def row(args: argparse.Namespace, model: LongLlama, T: int, name: str, runs: lis
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="mid", help="default mid")
     add("--prompt-tokens", type=parse_lengths, default="2k,16k", metavar="1k,16k,1M", help="default 2k,16k")
@@ -358,7 +373,7 @@ def run(args: argparse.Namespace):
         raise ValueError("nothing of that fits into memory: try a shorter --prompt-tokens, or a smaller --batch")
     model = bench_model(args)
     for variant in variants[len(args.mem_dtype) :]:
-        check(*variant, model)
+        check(*variant, model, reader(*variant, model))
     if args.compile:  # before anything is timed: windows with memory, and steps as often as it takes to capture them
         measure(reader(*variants[0], model), model, args.batch, 4 * model.config.max_position_embeddings, steps=4)
     for i in range(args.repeats):

@@ -20,15 +20,16 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evaluate import perplexity
-
-from convert import ending_well
-from examples.passkey import GRASS, measure, parse_length, prompt_ids, share, short
-from generate import TINY, add_model_flags, decode_utf8, listed, load, number, pick_device
-from longllama import MEM_DTYPES, Cache, LongLlama
+from cli.ending import ending_well
+from cli.flags import add_model_flags, listed, number, parse_length, parser_for, short
+from cli.loading import TINY, load, pick_device
+from cli.texts import read_text
+from experiments.passkey import measure, share
+from experiments.perplexity import perplexity
+from fast import MEM_DTYPES, FastLlama
 from tokenizer import Tokenizer
+from training.tasks import GRASS, prompt_ids
 
 WINDOWS = 64  # of memory, for perplexity
 BEFORE = 8  # windows read before an overflow
@@ -39,10 +40,10 @@ COLUMNS = ["mem_dtype", "K", "bytes/token", "logit error", "perplexity"]
 
 
 @torch.no_grad()
-def read_and_write(model: LongLlama, ids: torch.Tensor) -> tuple[torch.Tensor, float, float, float]:
+def read_and_write(model: FastLlama, ids: torch.Tensor) -> tuple[torch.Tensor, float, float, float]:
     """The logits after a prompt (1, T), seconds to read it, seconds to write a token, bytes of memory for each token."""
     start, times = time.perf_counter(), []
-    logits, cache = model(ids, Cache(model.config), logits_to_keep=1)
+    logits, cache = model(ids, model.new_cache(), logits_to_keep=1)
     reading, last = time.perf_counter() - start, logits
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -52,7 +53,7 @@ def read_and_write(model: LongLlama, ids: torch.Tensor) -> tuple[torch.Tensor, f
 
 
 def read_book(path: Path, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(decode_utf8(path.read_bytes(), f"--text {path}"), bos=False)
+    return tokenizer.encode(read_text(path, "--text"), bos=False)
 
 
 def memory_table(args: argparse.Namespace) -> list[list[str]]:
@@ -89,7 +90,7 @@ def tell(text: str, mem_dtype: str, mem_topk: int | None):
 
 
 @torch.no_grad()
-def losses_after_overflow(model: LongLlama, book: torch.Tensor, kept: bool) -> torch.Tensor:
+def losses_after_overflow(model: FastLlama, book: torch.Tensor, kept: bool) -> torch.Tensor:
     """Loss of each of the last of SINCE tokens that are read after a window was full, at many places of the book: (places, n).
 
     kept: the window has room for them, and nothing overflows.
@@ -135,7 +136,7 @@ def parse_topk(text: str) -> int | None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--mem-dtype", type=listed(parse_dtype), default="float32", metavar="D,...", help="default float32"

@@ -1,11 +1,12 @@
 """A random checkpoint of the size and in the layouts of the released 3B model, to try conversion and generation at real size.
 
-python benchmarks/random_checkpoint.py --layout bin --tokenizer tokenizer.model --output random_3b_bin
-python convert.py --input random_3b_bin --output random_3b
-python generate.py --model random_3b --prompt-file tiny/book.txt
+    python benchmarks/random_checkpoint.py --layout bin --tokenizer tokenizer.model --output random_3b_bin
+    python convert.py --input random_3b_bin --output random_3b
+    python generate.py --model random_3b --prompt-file tiny/book.txt
+
+Its weights are noise, and so is what it writes.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -15,8 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import ending_well, write_config
-from longllama import LongLlama, LongLlamaConfig
+from cli.ending import ending_well
+from cli.flags import parser_for
+from convert import write_config
+from fast import FastConfig, FastLlama
 
 CONFIG = {
     "hidden_size": 3200,
@@ -31,9 +34,9 @@ SHARDS = 4
 def make(layout: str, tokenizer: Path, output: Path):
     output.mkdir(parents=True)
     shutil.copyfile(tokenizer, output / "tokenizer.model")
-    config = LongLlamaConfig(**CONFIG)
+    config = FastConfig(**CONFIG)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LongLlama(config).hf_tensors().items()}
+        shapes = {name: tensor.shape for name, tensor in FastLlama(config).hf_tensors().items()}
     torch.manual_seed(0)
     tensors = {
         name: torch.ones(shape, dtype=torch.bfloat16)
@@ -57,7 +60,7 @@ def make(layout: str, tokenizer: Path, output: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     parser.add_argument(
         "--layout", choices=["bin", "safetensors"], required=True, help="one .bin, or sharded safetensors"
     )

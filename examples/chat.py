@@ -20,19 +20,23 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import UserError, ending_well, user_errors
-from generate import (
-    Progress,
+from cli.ending import UserError, ending_well, user_errors
+from cli.flags import (
+    MEMORY_FLAGS,
+    SAMPLING_FLAGS,
+    add_memory_flags,
     add_model_flags,
+    add_sampling_flags,
     check_new_file,
-    decode_utf8,
-    load,
-    load_memory,
+    given,
     number,
-    pick_device,
-    save_memory,
+    parser_for,
 )
-from longllama import MEM_DTYPES, Cache, LongLlama
+from cli.loading import load, pick_device
+from cli.progress import Progress
+from cli.texts import read_text
+from fast import FastLlama, load_memory, save_memory
+from longllama import Cache
 from tokenizer import StreamDecoder, Tokenizer
 
 HELP = """\
@@ -88,7 +92,7 @@ class Conversation:
     """past: what the next answer goes on from; start: what /reset goes back to."""
 
     def __init__(
-        self, model: LongLlama, tokenizer: Tokenizer, style: Format = FORMATS["plain"], forks: bool = False, **sampling
+        self, model: FastLlama, tokenizer: Tokenizer, style: Format = FORMATS["plain"], forks: bool = False, **sampling
     ):
         """forks: every answer goes on from the same past, and none sees another. sampling: for `LongLlama.generate`."""
         self.model, self.tokenizer, self.style, self.forks, self.sampling = model, tokenizer, style, forks, sampling
@@ -104,7 +108,7 @@ class Conversation:
     def begin(self, document: str | None = None, memory: Path | None = None, show_progress: bool = False):
         """Starts from a saved memory and a document, where given. A format's opening follows the document. It does not follow
         a saved memory, which may be of a conversation and have it."""
-        past, opening = Past(Cache(self.model.config), (self.tokenizer.bos_id,)), self.encode(self.style.opening)
+        past, opening = Past(self.model.new_cache(), (self.tokenizer.bos_id,)), self.encode(self.style.opening)
         if memory:
             past, opening = self.load(memory), []
         if document:
@@ -257,7 +261,7 @@ def converse(chat: Conversation, lines: Iterator[str], stoppable: bool = True) -
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     add = parser.add_argument
     add_model_flags(parser)
     add("--format", choices=FORMATS, default="plain", help="plain: all texts in a row, nothing between (default)")
@@ -265,29 +269,19 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--load-memory", type=Path, metavar="FILE", help="start from what /save or generate.py --save-memory wrote")
     add("--fork", action="store_true", help="every question starts from what was read first, and sees no other")
     add("--max-new-tokens", type=number(int, 1), default=200, metavar="N", help="of an answer (default 200)")
-    add("--temperature", type=number(float, 0), default=0.8, metavar="X", help="0: always the likeliest (default 0.8)")
-    add("--top-k", type=number(int, 1), metavar="K", help="draw from the K likeliest tokens")
-    add("--top-p", type=number(float, 0, 1, above=True), metavar="P", help="draw from the likeliest of probability P")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="of every answer")
-    add("--last-context-length", type=number(int, 1), metavar="N", help="this many tokens at a text's end stay local")
-    add(
-        "--keep-local", type=number(int, 0), metavar="N", help="when the window is full, its newest N tokens stay local"
-    )
-    add("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")
-    add("--mem-device", choices=["cpu"], help="keep memory in main memory, and stream it to the GPU")
-    add("--mem-topk", type=number(int, 1), metavar="K", help="attend to each query's K best tokens of memory only")
+    add_sampling_flags(parser)
+    add_memory_flags(parser)
     return parser, parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> bool:
-    config = ("last_context_length", "keep_local", "mem_dtype", "mem_device", "mem_topk")
-    sampling = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     if sys.stdin is None:
         raise ValueError("standard input is closed, and there the questions come from")
-    document = args.read and decode_utf8(args.read.read_bytes(), f"--read {args.read}")
-    flags, terminal = vars(args), sys.stdin.isatty()
-    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, **{name: flags[name] for name in config})
-    chat = Conversation(model, tokenizer, FORMATS[args.format], args.fork, **{name: flags[name] for name in sampling})
+    document = args.read and read_text(args.read, "--read")
+    terminal = sys.stdin.isatty()
+    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, args.memory, **given(args, MEMORY_FLAGS))
+    sampling = given(args, ("max_new_tokens", *SAMPLING_FLAGS))
+    chat = Conversation(model, tokenizer, FORMATS[args.format], args.fork, **sampling)
     chat.begin(document, args.load_memory, show_progress=sys.stderr.isatty())
     if terminal:
         tell(f"{chat.memory()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")

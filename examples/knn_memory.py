@@ -4,20 +4,18 @@
     python examples/knn_memory.py                                      # the tiny model, 16k tokens
     python examples/knn_memory.py --lengths 64k --topk 64 --index flat hnsw
 
-`FaissMemory` goes where `longllama.Memory` goes, in a model of any size, and into `generate.load_memory` too:
+`FaissMemory` goes where `FastMemory` goes, in a model of any size, and into `load_memory` too:
 
-    config = replace(model.config, mem_topk=64)
-    cache = Cache(config, new_memory=partial(FaissMemory, index="hnsw"))
-    for token in model.generate(ids, 100, cache=cache): ...
+  cache = model.new_cache(partial(FaissMemory, index="hnsw"), mem_topk=64)
+  for token in model.generate(ids, 100, cache=cache): ...
 
 The program hides pass keys in a long text and prints, for each index and number of keys K that a query attends to, how many pass
 keys are found, what it costs, and the recall: the share of the K best keys that an approximate search finds.
 """
 
-import argparse
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, product
 from math import isqrt
@@ -28,11 +26,15 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import ending_well
-from examples.passkey import parse_lengths, prompt_ids, short
-from generate import TINY, load, number
-from longllama import GATHERED, Attended, Cache, LongLlama, LongLlamaConfig, Memory, attend, fold, require
+from cli.ending import ending_well
+from cli.flags import number, parse_lengths, parser_for, short
+from cli.loading import TINY, load
+from cli.texts import read_text
+from fast import FastConfig, FastLlama, FastMemory
+from fast.attention import attend, fold
+from longllama import Attended, Cache, require
 from tokenizer import Tokenizer
+from training.tasks import prompt_ids
 
 INDEXES = ("flat", "hnsw", "ivf")
 LINKS = 32  # of a token in HNSW's graph
@@ -48,8 +50,8 @@ def import_faiss():
     return faiss
 
 
-class FaissMemory(Memory):
-    """A `Memory` whose queries attend to the mem_topk keys that a Faiss index finds for them: one index per row and key head.
+class FaissMemory(FastMemory):
+    """A memory whose queries attend to the mem_topk keys that a Faiss index finds for them: one index per row and key head.
 
     index: "flat" compares with every key, and finds the best. "hnsw" walks a graph of near keys (Malkov and Yashunin 2016);
     the larger ef_search, the more of them. "ivf" compares with the keys of the nprobe best of sqrt(n) k-means lists; these are
@@ -60,8 +62,9 @@ class FaissMemory(Memory):
     asked. So a loaded memory gets them on first use.
     """
 
-    def __init__(self, config: LongLlamaConfig, index: str = "flat", nprobe: int = 32, ef_search: int = 512):
-        super().__init__(config)
+    def __init__(self, config: FastConfig, index: str = "flat", nprobe: int = 32, ef_search: int = 512, **settings):
+        """settings: of `FastMemory`."""
+        super().__init__(config, **settings)
         require(self.topk is not None, "FaissMemory needs mem_topk, the number of keys that a query attends to")
         require(index in INDEXES, f"index must be one of {INDEXES}, not {index!r}")
         import_faiss()  # a missing one is said now, not after a long text was read
@@ -69,22 +72,25 @@ class FaissMemory(Memory):
         self.indexes, self.shared = [], False  # B * G indexes; True: a fork may have the same ones
         self.rebuilt_from = TRAINED_FROM if index == "ivf" else float("inf")
 
-    def __copy__(self) -> "FaissMemory":
+    def fork(self) -> "FaissMemory":
         self.update()  # once, not in each fork
         self.shared = True
-        twin = object.__new__(type(self))
-        vars(twin).update(vars(self))
-        return twin
+        return super().fork()
+
+    def expand(self, n: int):
+        super().expand(n)
+        if self.indexes:
+            self.indexes, self.centre, self.shared = self.indexes * n, np.tile(self.centre, (n, 1, 1)), True
 
     def attend_stored(self, q: Tensor, real: Tensor | None) -> Attended:
-        """Attention of q (B, H, T, D) to the K best keys that are found, at most as many as there are. See `Memory.attend`."""
+        """Attention of q (B, H, T, D) to the K best keys that are found, or as many as there are. See `FastMemory.attend`."""
         B, H, T, D = q.shape
         padded = real is not None and not real[:, :, : self.length].all()
         require(not padded, "FaissMemory takes no padded batches: read texts of unequal length one by one")
         self.update()
         q = fold(q, self.blocks[0][0])  # (B, G, H / G * T, D)
         found = self.search(q)  # (B, G, H / G * T, K)
-        rows = max(GATHERED // (found[:, :, 0].numel() * q.shape[3]), 1)
+        rows = max(self.limits.gathered // (found[:, :, 0].numel() * q.shape[3]), 1)
         parts = zip(q[..., :D].split(rows, dim=2), found.split(rows, dim=2))
         out, lse = (torch.cat(x, dim=2) for x in zip(*(self.attend_found(*part) for part in parts)))
         return out.reshape(B, H, T, D), lse.reshape(B, H, T)
@@ -188,7 +194,7 @@ class Answer:
     recall: float
 
 
-def ask(model: LongLlama, ids: Tensor, key: list[int], cache: Cache) -> Answer:
+def ask(model: FastLlama, ids: Tensor, key: list[int], cache: Cache) -> Answer:
     """Reads a prompt (1, T), and compares what greedy decoding continues it with to the key's tokens."""
     started = time.perf_counter()
     tokens = model.generate(ids, len(key), temperature=0, eos_token_id=None, cache=cache)
@@ -204,7 +210,7 @@ def ask(model: LongLlama, ids: Tensor, key: list[int], cache: Cache) -> Answer:
 def prompts(tokenizer: Tokenizer, length: int, trials: int, seed: int) -> list[tuple[Tensor, list[int]]]:
     """Prompts (1, length), with keys at depths spread evenly, and the tokens of the keys."""
     rng, made = torch.Generator().manual_seed(seed), []
-    text = tokenizer.encode((TINY / "book.txt").read_text(encoding="utf-8"), bos=False)
+    text = tokenizer.encode(read_text(TINY / "book.txt"), bos=False)
     for i in range(trials):
         key = "".join(map(str, torch.randint(10, (5,), generator=rng).tolist()))
         ids = prompt_ids(tokenizer, length, (i + 0.5) / trials, key, text, rng)
@@ -212,11 +218,10 @@ def prompts(tokenizer: Tokenizer, length: int, trials: int, seed: int) -> list[t
     return made
 
 
-def row(model: LongLlama, asked: list[tuple[Tensor, list[int]]], index: str, K: int | None) -> str:
+def row(model: FastLlama, asked: list[tuple[Tensor, list[int]]], index: str, K: int | None) -> str:
     """A row of the table: all prompts, each read anew with an empty memory."""
-    new_memory = partial(RecordingMemory, index=index) if index in INDEXES else Memory
-    config = replace(model.config, mem_topk=K)
-    answers = [ask(model, ids, key, Cache(config, new_memory)) for ids, key in asked]
+    new_memory = partial(RecordingMemory, index=index) if index in INDEXES else None
+    answers = [ask(model, ids, key, model.new_cache(new_memory, mem_topk=K)) for ids, key in asked]
 
     def mean(name: str) -> float:
         return sum(getattr(answer, name) for answer in answers) / len(answers)
@@ -227,7 +232,7 @@ def row(model: LongLlama, asked: list[tuple[Tensor, list[int]]], index: str, K: 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     parser.add_argument(
         "--model", type=Path, default=TINY, metavar="DIR", help="default: the tiny model that comes along"
     )
@@ -253,7 +258,7 @@ def main():
             import_faiss()
         asked = [prompts(tokenizer, length, args.trials, args.seed) for length in args.lengths]
         print("| length | index | K | pass keys | s to read | ms per token | recall |", "| --- " * 7 + "|", sep="\n")
-        ask(model, *asked[0][0], Cache(model.config))  # a first prompt is slower
+        ask(model, *asked[0][0], model.new_cache())  # a first prompt is slower
         for batch, (index, K) in product(asked, [("torch", None), *product(args.index, args.topk)]):
             print(row(model, batch, index, K), flush=True)
 

@@ -23,19 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import ending_well, replacing
-from generate import (
-    Progress,
+from cli.ending import ending_well
+from cli.flags import (
+    MEMORY_FLAGS,
+    add_memory_flags,
     add_model_flags,
     add_prompt_flags,
     check_new_file,
-    load,
+    demonstration,
+    given,
     number,
-    pick_device,
-    read_prompt,
-    warnings,
+    parser_for,
 )
-from longllama import MEM_DTYPES, Cache, LocalCache, LongLlama, LongLlamaConfig, Memory, fold, score
+from cli.loading import load, pick_device, warnings
+from cli.progress import Progress
+from cli.texts import read_prompt
+from fast import FastConfig, FastContext, FastLlama, FastMemory
+from fast.attention import fold, score
+from fast.files import replacing
+from longllama import Memory
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
 HEAVY = 64  # this many of the heaviest tokens are grouped into passages
@@ -49,7 +55,7 @@ BINS = 320  # of the strip: about three pixels each on a screen, one on a phone
 # --------------------------------------------------------------------------------------------------------- Weights
 
 
-class RecordingContext(LocalCache):
+class RecordingContext(FastContext):
     """A local context that keeps the last query of the last tokens that joined it."""
 
     query: Tensor | None = None  # (1, H, 1, D)
@@ -59,22 +65,18 @@ class RecordingContext(LocalCache):
         return super().append_and_attend(q, k, v, unrotated, real)
 
 
-class RecordingMemory(Memory):
+def recording(kind: type[Memory]) -> type[Memory]:
     """A memory that keeps the log-sum-exp that attention computed for its last query."""
 
-    lse: Tensor | None = None  # (1, H, 1)
+    class RecordingMemory(kind):
+        lse: Tensor | None = None  # (1, H, 1)
 
-    def attend(self, q: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = super().attend(q, real)
-        self.lse = lse[:, :, -1:].clone()
-        return out, lse
+        def attend(self, q: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+            out, lse = super().attend(q, real)
+            self.lse = lse[:, :, -1:].clone()
+            return out, lse
 
-
-def recording_cache(config: LongLlamaConfig) -> Cache:
-    cache = Cache(config, RecordingMemory)
-    for i in config.mem_layers:
-        cache.layers[i] = RecordingContext(config, cache.layers[i].memory, config.rotates(i))
-    return cache
+    return RecordingMemory
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,18 @@ def recall(context: RecordingContext) -> Recall:
 
 
 def memory_scores(q: Tensor, memory: Memory) -> Tensor:
-    """The scores (H, M) of q (1, H, 1, D) over all tokens remembered; -inf where a head does not attend."""
-    if memory.scales:  # float8: as in Memory.attend, the query carries what the keys were divided by
-        q = q * memory.scales[0].repeat_interleave(q.shape[1] // memory.scales[0].shape[1], dim=1).float()
-    scores = torch.cat([key_scores(q, k) for k, _, _ in memory.blocks_on(q.device, None)], dim=-1)
-    if memory.topk is not None and memory.topk < memory.length:
-        best, at = scores.topk(memory.topk)
+    """The scores (H, M) of q (1, H, 1, D) over all tokens, of which M were appended; -inf where a head does not attend."""
+    H, scales, topk = q.shape[1], getattr(memory, "scales", ()), getattr(memory, "topk", None)
+    if scales:  # float8: as in FastMemory.attend, the query carries what the keys were divided by
+        q = q * scales[0].repeat_interleave(H // scales[0].shape[1], dim=1).float()
+    scores = torch.cat([key_scores(q, block[0].to(q.device)) for block in memory.blocks], dim=-1)
+    if topk is not None and topk < scores.shape[1]:
+        best, at = scores.topk(topk)
         scores = torch.full_like(scores, -torch.inf).scatter(-1, at, best)
+    if len(memory.blocks[0]) == 3:  # it may have forgotten some tokens
+        which = torch.cat([which[0, :, :, 0] for _, _, which in memory.blocks], dim=-1).to(q.device)  # (G, S)
+        nothing = scores.new_full((H, memory.length), -torch.inf)
+        scores = nothing.scatter(-1, which.repeat_interleave(H // len(which), dim=0), scores)
     return scores
 
 
@@ -116,9 +123,9 @@ def key_scores(q: Tensor, k: Tensor) -> Tensor:
     return score(fold(q, k), k, None, q.shape[3] ** -0.5).flatten(0, 2)
 
 
-def watch(model: LongLlama, ids: list[int], max_new_tokens: int, **sampling) -> Iterator[tuple[int, dict[int, Recall]]]:
+def watch(model: FastLlama, ids: list[int], max_new_tokens: int, **sampling) -> Iterator[tuple[int, dict[int, Recall]]]:
     """Generates, and yields each token with what the memory layers attended to when it was chosen: layer -> Recall."""
-    cache = recording_cache(model.config)
+    cache = model.new_cache(recording(model.new_memory or FastMemory), RecordingContext)
     prompt = torch.tensor([ids], device=model.embed_tokens.weight.device)
     for new in model.generate(prompt, max_new_tokens, cache=cache, **sampling):
         yield new.item(), {i: recall(cache.layers[i]) for i in model.config.mem_layers}
@@ -167,7 +174,7 @@ def visible(text: str) -> str:
 class Text:
     """The prompt and what was generated after it: the text and the place of any token."""
 
-    def __init__(self, ids: list[int], tokenizer: Tokenizer, config: LongLlamaConfig):
+    def __init__(self, ids: list[int], tokenizer: Tokenizer, config: FastConfig):
         self.ids, self.tokenizer, self.T, self.window = list(ids), tokenizer, len(ids), config.max_position_embeddings
         self.prefix = max(self.T - config.last_context_length, 0)  # was read in windows; the others were local first
 
@@ -660,27 +667,21 @@ start();
 # ---------------------------------------------------------------------------------------------------- Command line
 
 
-def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+def make_parser() -> argparse.ArgumentParser:
+    parser = parser_for(__doc__)
+    add = parser.add_argument
     add_prompt_flags(parser)
     add_model_flags(parser)
-    parser.add_argument("--max-new-tokens", type=number(int, 1, 10**6), default=20, metavar="N", help="default 20")
-    parser.add_argument("--temperature", type=number(float, 0), default=0, metavar="X", help="0: always the likeliest")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
-    parser.add_argument(
-        "--last-context-length", type=number(int, 1), metavar="N", help="this many at the end stay local"
-    )
-    parser.add_argument("--keep-local", type=number(int, 0), metavar="N", help="of a full window, this many stay local")
-    parser.add_argument("--mem-dtype", choices=MEM_DTYPES, help="what memory is stored as")
-    parser.add_argument("--mem-topk", type=number(int, 1), metavar="K", help="attend to the K best of memory only")
-    parser.add_argument(
-        "--top", type=number(int, 1), default=3, metavar="N", help="passages for each token and layer (default 3)"
-    )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore, too")
-    return parser, parser.parse_args()
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=20, metavar="N", help="default 20")
+    add("--temperature", type=number(float, 0), default=0, metavar="X", help="0: always the likeliest")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
+    add_memory_flags(parser)
+    add("--top", type=number(int, 1), default=3, metavar="N", help="passages for each token and layer (default 3)")
+    add("--html", type=Path, metavar="FILE", help="write a page to explore, too")
+    return parser
 
 
-def check(args: argparse.Namespace, T: int, config: LongLlamaConfig):
+def check(args: argparse.Namespace, T: int, config: FastConfig):
     """Raises ValueError where nothing will be remembered, and so there is nothing to look at."""
     if not config.mem_layers:
         raise ValueError(f"{args.model} has no memory to look at: mem_layers in its config.json is empty")
@@ -696,12 +697,11 @@ def run(args: argparse.Namespace):
     if args.html:
         check_new_file("--html", args.html)
     device, prompt = pick_device(args.device), read_prompt(args)
-    names = ("last_context_length", "keep_local", "mem_dtype", "mem_topk")
-    model, tokenizer = load(args.model, device, args.dtype, **{name: getattr(args, name) for name in names})
+    model, tokenizer = load(args.model, device, args.dtype, args.memory, **given(args, MEMORY_FLAGS))
     ids = tokenizer.encode(prompt)
     T = len(ids)
     check(args, T, model.config)
-    for warning in warnings(args, prompt, T, model, Cache(model.config)):
+    for warning in warnings(prompt, T, args.max_new_tokens, model, model.new_cache()):
         print(f"{Path(__file__).name}: warning: {warning}", file=sys.stderr)
     views = Views(Text(ids, tokenizer, model.config), T + args.max_new_tokens, args.top)
     progress, difference = Progress(model, T, shown=sys.stderr.isatty()), 0.0
@@ -719,9 +719,9 @@ def run(args: argparse.Namespace):
 
 
 def main():
-    parser, args = arguments()
+    parser = make_parser()
     with ending_well(parser):
-        run(args)
+        run(parser.parse_args(sys.argv[1:] or demonstration()))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Pass-key retrieval (Mohtashami and Jaggi 2023; the paper's figure 1): five digits hidden in a long text, asked for at its end.
 
-    python examples/passkey.py                                             # the tiny model, up to 16k tokens
-    python examples/passkey.py --lengths 1k,64k,1M --trials 20 --picture passkey.png
-    python examples/passkey.py --model DIR OTHER_DIR --device cuda         # models side by side
+    python experiments/passkey.py                                             # the tiny model, up to 16k tokens
+    python experiments/passkey.py --lengths 1k,64k,1M --trials 20 --picture passkey.png
+    python experiments/passkey.py --model DIR OTHER_DIR --device cuda         # models side by side
 
 Prompts have exactly the length asked for, in tokens. Keys lie at random depths, spread evenly from the start of the prompt
 (0%) to its end. A trial counts when greedy decoding gives all five digits. The filler is real text (--text), or the sentences
 about green grass that such tests are usually made of, or each in half of the trials.
 """
 
-import argparse
 import sys
 import time
 from collections import defaultdict
@@ -19,18 +18,21 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import ending_well
-from generate import TINY, add_model_flags, check_new_file, decode_utf8, listed, load, number, pick_device
-from longllama import LongLlama
-from tokenizer import SPACE, StreamDecoder, Tokenizer
-
-INTRO = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
-    "I will quiz you about the important information there."
+from cli.ending import ending_well
+from cli.flags import (
+    add_model_flags,
+    add_own_memory_flag,
+    check_new_file,
+    number,
+    parse_lengths,
+    parser_for,
+    short,
 )
-GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-KEY = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "What is the pass key? The pass key is"
+from cli.loading import TINY, load, pick_device
+from cli.texts import read_text
+from fast import FastLlama
+from tokenizer import StreamDecoder, Tokenizer
+from training.tasks import GRASS, prompt_ids
 
 TOKENS_AT_ONCE = 1 << 17  # short prompts are read as batches of about this size
 
@@ -44,26 +46,8 @@ class Trial:
     found: bool
 
 
-def prompt_ids(
-    tokenizer: Tokenizer, length: int, depth: float, key: str, filler: list[int], rng: torch.Generator
-) -> list[int]:
-    """`length` token ids: intro, filler with the key at `depth` of it, question. The filler starts anywhere in the list."""
-    start, needle, question = (tokenizer.encode(t, bos=t is INTRO) for t in (INTRO, KEY.format(key=key), QUESTION))
-    n = length - len(start) - len(needle) - len(question)
-    if not filler:
-        raise ValueError("the text around the pass key is empty: name another file")
-    if n < 0:
-        raise ValueError(f"a prompt with a pass key takes at least {length - n} tokens, {length} are too few")
-    offset = int(torch.randint(len(filler), (1,), generator=rng))
-    text = [filler[(offset + i) % len(filler)] for i in range(n)]
-    place = round(depth * n)
-    while 0 < place < n and not tokenizer.sp.id_to_piece(text[place]).startswith(SPACE):
-        place -= 1  # not inside a word
-    return start + text[:place] + needle + text[place:] + question
-
-
 def measure(
-    model: LongLlama,
+    model: FastLlama,
     tokenizer: Tokenizer,
     name: str,
     fillers: dict[str, list[int]],
@@ -148,27 +132,10 @@ def picture(trials: list[Trial], path: Path, bins: int):
     figure.savefig(path, dpi=110)
 
 
-def short(n: int) -> str:
-    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
-        if n % size == 0:
-            return f"{n // size}{unit}"
-    return str(n)
-
-
-def parse_length(text: str) -> int:
-    units = {"k": 1 << 10, "M": 1 << 20}
-    digits, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    if not digits.isdecimal() or int(digits) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no length such as 512, 16k or 1M")
-    return int(digits) * unit
-
-
-parse_lengths = listed(parse_length)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     add_model_flags(parser, several=True)
+    add_own_memory_flag(parser)
     parser.add_argument("--lengths", type=parse_lengths, default=[1 << 10, 1 << 12, 1 << 14], help="default 1k,4k,16k")
     parser.add_argument("--trials", type=number(int, 1), default=10, help="for each length and filler (default 10)")
     parser.add_argument(
@@ -192,13 +159,13 @@ def main():
             import_pyplot()  # a missing one is said now, not after the trials
             if args.picture.suffix not in (".png", ".svg", ".pdf"):
                 raise ValueError(f"--picture {args.picture}: name a .png, .svg or .pdf file")
-        text = " ".join(decode_utf8(path.read_bytes(), f"--text {path}") for path in args.text)
+        text = " ".join(read_text(path, "--text") for path in args.text)
         trials, folders = [], {path.resolve(): path for path in args.model}
         names = [folder.name for folder in folders]
         try:
             for folder, path in folders.items():
                 name = folder.name if names.count(folder.name) == 1 else str(path)
-                model, tokenizer = load(path, pick_device(args.device), args.dtype)
+                model, tokenizer = load(path, pick_device(args.device), args.dtype, args.memory)
                 fillers = {"text": tokenizer.encode(text, bos=False), "grass": tokenizer.encode(GRASS, bos=False)}
                 if args.filler != "both":
                     fillers = {args.filler: fillers[args.filler]}

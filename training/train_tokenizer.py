@@ -1,11 +1,11 @@
 """Trains a tokenizer such as the tiny model's, on the same text as a model.
 
     python training/train_tokenizer.py --output tiny/tokenizer.model
+    python training/train_tokenizer.py --data my_books --vocab-size 8000 --output my_tokenizer.model
 
 A SentencePiece BPE of 2048 pieces with LLaMA's settings: byte fallback, digits split, no normalisation, spaces kept.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -13,10 +13,12 @@ from pathlib import Path
 import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import GRASS, INTRO, KEY, QUESTION, held_out, text_files
-
-from convert import ending_well, first_line, replacing
-from generate import number
+from cli.ending import ending_well, first_line
+from cli.flags import number, parser_for
+from cli.texts import read_text
+from fast.files import replacing
+from training.data import DATA, held_out, text_files
+from training.tasks import GRASS, INTRO, KEY, QUESTION
 
 PASSKEY_LINES = 2000  # of about 200,000: enough that the words of the pass-key task are whole pieces
 
@@ -26,7 +28,7 @@ def lines(folder: Path):
     kept = set(held_out(files))
     for path in files:
         if path not in kept:
-            yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line)
+            yield from (line for line in read_text(path).splitlines() if line)
     task = " ".join((INTRO, GRASS, KEY.format(key="0123456789"), QUESTION))
     yield from itertools.repeat(task, PASSKEY_LINES)
 
@@ -56,11 +58,11 @@ def train(folder: Path, output: Path, vocab_size: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = parser_for(__doc__)
     parser.add_argument(
         "--data",
         type=Path,
-        default=Path(__file__).parent / "data",
+        default=DATA,
         help="folder of .txt files (default: training/data)",
     )
     parser.add_argument("--output", type=Path, required=True, help="file to write")
