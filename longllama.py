@@ -44,7 +44,7 @@ def require(condition: bool, message: str):
 
 @dataclass(frozen=True)
 class LongLlamaConfig:
-    """Under the names of a Hugging Face config.json."""
+    """Under the names of a Hugging Face config.json; frozen, so completed through vars."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -70,10 +70,10 @@ class LongLlamaConfig:
 
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
-        vars(self).update(num_key_value_heads=groups, mem_layers=tuple(self.mem_layers))  # frozen, but for this
+        vars(self).update(num_key_value_heads=groups, mem_layers=tuple(self.mem_layers), pad_token_id=max(self.pad_token_id, 0))
         require(self.hidden_size % (2 * heads) == 0, f"hidden_size {self.hidden_size} is not {heads} heads of even size")
         require(heads % groups == 0, f"num_key_value_heads {groups} must divide num_attention_heads")
-        fits = set(self.mem_layers) <= set(range(self.num_hidden_layers))
+        fits = all(i in range(self.num_hidden_layers) for i in self.mem_layers)
         require(fits, f"mem_layers {self.mem_layers} must be of 0 to {self.num_hidden_layers - 1}")
         require(self.mem_dtype in self.MEM_DTYPES, f"mem_dtype must be one of {self.MEM_DTYPES}, not {self.mem_dtype!r}")
 
@@ -86,16 +86,15 @@ class LongLlamaConfig:
 
     @classmethod
     def from_json(cls, path: str | Path, **overrides):
-        """Of transformers 4 or 5. Raises ValueError, which names a setting that is not supported."""
+        """Of transformers 4 or 5. Raises ValueError for what is not supported."""
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         raw |= rope | {"rope_type": rope.get("rope_type", rope.get("type"))}
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
         allowed = {"model_type": ("llama", "longllama"), "rope_type": ("default",), "hidden_act": ("silu",), "mem_topk": ()}
         allowed |= {"head_dim": (config.head_dim,), "attention_bias": (False,), "mlp_bias": (False,), "mem_device": ()}
-        for name in allowed.keys() - cls.__dataclass_fields__:  # a subclass may have more
-            fits = raw.get(name) in (None, *allowed[name])
-            require(fits, f"{name} {raw.get(name)!r} is not supported, only {allowed[name]}")
+        for name in allowed.keys() - cls.__dataclass_fields__:
+            require(raw.get(name) in (None, *allowed[name]), f"{name} {raw.get(name)!r} is not supported, only {allowed[name]}")
         return replace(config, **overrides)
 
 
@@ -117,7 +116,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turns each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its angle: Hugging Face's layout."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # in float32, as cos and sin are
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype).contiguous()  # in float32, as cos and sin are
 
 
 Attended = tuple[Tensor, Tensor]  # attention's output (B, H, T, D), and its scores' log-sum-exp (B, H, T)
@@ -141,7 +140,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
     # Padding gets half the least number: no sum overflows, and who sees nothing else gets no NaN.
     bias = 0 if real is None else (~real.mT).to(q.dtype) * (torch.finfo(q.dtype).min / 2)  # (B, 1 or G, 1, S)
     fused, aten = not torch.is_grad_enabled(), torch.ops.aten  # kernels' log-sum-exp has no gradient
-    ampere = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 8  # FlashAttention
+    ampere = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 8
     if fused and q.device.type == "cpu":
         mask = None if real is None else bias
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=mask)
@@ -183,7 +182,7 @@ class Memory:
         """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
         which = torch.arange(self.length, self.length + k.shape[2], device=k.device).expand(*k.shape[:2], -1).unsqueeze(-1)
         self.length += k.shape[2]
-        k, v = k.to(self.dtype, copy=True), v.to(self.dtype, copy=True)  # no views
+        k, v = k.to(self.dtype, copy=True), v.to(self.dtype, copy=True)
         for new in zip(*(x.split(self.BLOCK, dim=2) for x in (k, v, which))):
             blocks = list(self.blocks)  # forks share the old list
             while blocks and blocks[-1][0].shape[2] <= min(new[0].shape[2], self.BLOCK - new[0].shape[2]):
@@ -212,6 +211,7 @@ class Memory:
             k, _, part = next(self.sets(real))
             chosen = self.choose(k.float(), part)
             if chosen is not None:
+                require(chosen.shape[2] > 0, "choose must keep a token")
                 b, g = (torch.arange(n, device=k.device) for n in k.shape[:2])
                 at = b[:, None, None], g[:, None], chosen.sort(dim=-1).values  # in their order again
                 self.blocks = [tuple(x[at] for x in self.blocks[0])]
@@ -254,7 +254,7 @@ class LocalCache:
     def append(self, new: list[Tensor]) -> list[Tensor]:
         """Adds rotated keys, values, unrotated keys, (B, G, n, D); returns all keys, all values."""
         new = new if self.memory is not None else new[:2]
-        self.tensors = [torch.cat(x, dim=2) for x in (zip(self.tensors, new) if self.tensors else zip(new))]  # always a copy
+        self.tensors = [torch.cat(x, dim=2) for x in (zip(self.tensors, new) if self.tensors else zip(new))]
         self.length += new[0].shape[2]
         return self.tensors[:2]
 
@@ -317,7 +317,7 @@ class Cache:
         return twin
 
     def expand(self, n: int):
-        """A fork with this cache's one row n times."""
+        """A fork with n times its one row."""
         twin = self.fork()
         twin.batch_size, twin.real = n, self.real if self.real is None else self.real.expand(n, -1, -1, -1)
         for layer in twin.layers:
@@ -466,7 +466,7 @@ class LongLlama(nn.Module):
 
         x, cache = self.hidden_states(input_ids, cache, attention_mask, last_context_length)
         pieces = zip(x[:, :-1].split(1024, dim=1), labels[:, 1:].split(1024, dim=1))
-        pieces = [checkpoint(losses, *piece, use_reentrant=False) for piece in pieces]  # computed again for gradients
+        pieces = [checkpoint(losses, *piece, use_reentrant=False) for piece in pieces]
         return F.pad(torch.cat(pieces, dim=1), (1, 0)), cache
 
     def hidden_states(self, input_ids: Tensor, cache=None, mask=None, last=None, wanted=0):

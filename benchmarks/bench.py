@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
@@ -38,7 +38,7 @@ from cli.loading import DTYPES, TINY, pick_device
 from cli.progress import process_peak
 from fast import MEM_DTYPES, FastConfig, FastLlama
 from fast.linear import linear
-from longllama import LongLlama
+from longllama import LongLlama, LongLlamaConfig
 
 FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
@@ -97,8 +97,9 @@ def reader(name: str, mem_dtype: str, model: FastLlama) -> Callable:
 
 def core_reader(config: FastConfig, model: FastLlama) -> Callable:
     """longllama.py alone."""
+    plain = LongLlamaConfig(**{field.name: getattr(config, field.name) for field in fields(LongLlamaConfig)})
     with torch.device("meta"):
-        core = LongLlama(config).eval()
+        core = LongLlama(plain).eval()
     core.load_state_dict(model.state_dict(), assign=True)
     return lambda ids, cache: core(ids, cache, logits_to_keep=1)
 

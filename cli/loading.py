@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,15 +53,16 @@ def own_memory(name: str) -> Callable:
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"--memory {name}: write FILE.py:CLASS, a Python file and a class in it")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"own_memory_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--memory {file} does not run: {type(error).__name__}: {error}") from None
     found = getattr(module, kind, None)
-    if not inspect.isclass(found):
-        raise ValueError(f"--memory {name}: {file} has no class {kind}")
+    if not inspect.isclass(found) or not all(hasattr(found, part) for part in ("append", "attend", "fork")):
+        raise ValueError(f"--memory {name}: {file} has no class {kind} with append, attend and fork")
     return found
 
 

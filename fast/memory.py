@@ -14,7 +14,7 @@ from torch import Tensor
 from fast.attention import attend, attend_topk
 from fast.linear import LIMITS, Limits
 from fast.storage import float8_scale, store, stream
-from longllama import Attended, LongLlamaConfig, Memory, merge
+from longllama import Attended, LongLlamaConfig, Memory, merge, require
 
 
 class FastMemory(Memory):
@@ -116,6 +116,8 @@ class FastMemory(Memory):
         if self.chooses():
             return super().sets(real if real is None else real.to(self.blocks[0][0].device))
         sizes = [k.shape[2] for k, _ in self.blocks]
+        whole = real is None or sum(sizes) == self.length
+        require(whole, f"{type(self).__name__} has dropped tokens of a padded batch: only `choose` knows their padding")
         parts = [None] * len(sizes) if real is None else real[:, :, : self.length].split(sizes, dim=2)
         return ((k, v, part) for (k, v), part in zip(self.blocks, parts))
 

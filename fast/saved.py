@@ -35,12 +35,12 @@ def settings(model: FastLlama) -> dict:
     return {name: value for name, value in config.items() if name not in FREE_SETTINGS} | made_by
 
 
-def check_kept(cache: Cache):
-    """Raises ValueError for a memory that has not all of its tokens, by the name of its class."""
+def check_kept(cache: Cache, done: str = "saved"):
+    """Raises ValueError for a memory that has not, or will not keep, all of its tokens: by the name of its class."""
     for memory in (layer.memory for layer in cache.layers if layer.memory is not None):
         whole = isinstance(memory, FastMemory) and not memory.chooses()
         whole = whole and sum(block[0].shape[2] for block in memory.blocks) == cache.memory_length
-        require(whole, f"{type(memory).__name__} is not saved: only a memory that keeps all tokens is")
+        require(whole, f"{type(memory).__name__} is not {done}: only a memory that keeps all tokens is")
 
 
 def save_memory(path: Path, cache: Cache, model: FastLlama):
@@ -85,6 +85,7 @@ def load_memory(path: Path, model: FastLlama, new_memory: Callable | None = None
                 "--dtype and --mem-dtype, or read the prompt again"
             )
     cache, device = model.new_cache(new_memory), model.norm.weight.device
+    check_kept(cache, "loaded")
     cache.local_length, cache.memory_length = (made_with.get(name) for name in ("local_length", "memory_length"))
     cache.batch_size = next((x.shape[0] for x in tensors.values() if x.dim()), None)
     cache.real = tensors["real"].to(device) if "real" in tensors else None

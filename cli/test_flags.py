@@ -1,0 +1,181 @@
+"""Flags: their values, their help, and what they load."""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli.ending import UserError, user_errors
+from cli.flags import check_new_file, listed, number, parse_length, parse_lengths, parser_for, short
+from cli.loading import TINY, load, own_memory, pick_device, warnings
+from fast import FastLlama, FastMemory
+from fast.test_model import small_model
+from longllama import Cache, Memory
+
+CPU = torch.device("cpu")
+
+
+def refused(kind, text: str) -> bool:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=kind)
+    try:
+        parser.parse_args([f"--x={text}"])
+    except argparse.ArgumentError as error:
+        return "\n" not in str(error)
+    return False
+
+
+def test_numbers_are_within_their_limits():
+    share = number(float, 0, 1, above=True)
+    assert number(int, 1)("7") == 7 and share("1") == 1.0 and share("0.5") == 0.5 and number(float, 0)("0") == 0.0
+    for kind, texts in ((number(int, 1), ("0", "-3", "1.5", "many", "")), (share, ("0", "1.7", "nan", "-1", "x"))):
+        assert all(refused(kind, text) for text in texts)
+    with pytest.raises(argparse.ArgumentTypeError, match="^0 is not above 0 and at most 1$"):
+        share("0")
+    with pytest.raises(argparse.ArgumentTypeError, match="^0 is not at least 1$"):
+        number(int, 1)("0")
+    assert refused(number(float, 0), "nan") and not refused(number(float, 0), "1e9")
+
+
+def test_lengths_are_written_short_and_read_back():
+    assert [parse_length(text) for text in ("512", "16k", "1M", "3k")] == [512, 16384, 1 << 20, 3072]
+    assert parse_lengths("1k,512") == [1024, 512] and listed(number(int, 1))("3,4") == [3, 4]
+    assert [short(n) for n in (512, 1024, 65536, 1 << 20, 1536, 1000)] == ["512", "1k", "64k", "1M", "1536", "1000"]
+    assert all(parse_length(short(n)) == n for n in (1, 512, 1024, 5000, 3 << 20))
+    for text in ("", "k", "0", "0k", "-1", "1.5k", "1kk", "1G", "x"):
+        assert refused(parse_length, text) and refused(parse_lengths, f"512,{text}")
+
+
+def test_help_begins_with_what_a_program_does_and_ends_with_its_commands():
+    doc = 'Does it.\n\nMore.\n\n    python it.py --a "b"\n    python it.py    # as this\n\nAnd more.\n'
+    said = parser_for(doc).format_help()
+    assert said.startswith("Does it.\n") and "More." not in said and "usage" not in said
+    assert said.endswith('examples:\n    python it.py --a "b"\n    python it.py    # as this\n')
+
+
+def test_a_new_file_may_replace_a_file_and_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "new", Path("new")):
+        check_new_file("--save-memory", path)
+    for path in (tmp_path, tmp_path / "missing" / "new", Path("/dev/null")):
+        with pytest.raises(ValueError, match=f"^--save-memory {path}: name a file"):
+            check_new_file("--save-memory", path)
+
+
+def test_auto_takes_the_best_device_and_others_are_tried():
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert pick_device("auto").type == best and pick_device("cpu") == CPU
+    for name in ("meta", "abacus", "cuda:99", ""):
+        with pytest.raises(ValueError, match=f"^--device {name} is none that torch can use here"):
+            pick_device(name)
+
+
+def test_dtypes_are_those_that_are_named_and_auto_is_float32_on_a_cpu():
+    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        model, tokenizer = load(TINY, CPU, name)
+        assert type(model) is FastLlama and not model.training and tokenizer.vocab_size == model.config.vocab_size
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_overrides_of_0_are_taken_and_of_none_are_not(tmp_path):
+    for file in ("model.safetensors", "tokenizer.model"):
+        shutil.copyfile(TINY / file, tmp_path / file)
+    raw = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"keep_local": 6}))
+    for given, taken in (0, 0), (None, 6):
+        assert load(tmp_path, CPU, keep_local=given)[0].config.keep_local == taken
+
+
+# -------------------------------------------------------------------------------------------- --memory FILE.py:CLASS
+
+OWN = """
+from dataclasses import dataclass
+import torch
+from fast import FastMemory
+from longllama import Memory
+
+class Newest(FastMemory):
+    def choose(self, k, real):
+        return torch.arange(max(k.shape[2] - 9, 0), k.shape[2]).expand(*k.shape[:2], -1)
+
+class OfTheCore(Memory):
+    pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    (tmp_path / "own memory.py").write_text(OWN)
+    (tmp_path / "raises.py").write_text("print(1 / 0)\n")
+    (tmp_path / "broken.py").write_text("class Own(:\n")
+    (tmp_path / "needs.py").write_text("import no_such_package\n")
+    (tmp_path / "own.txt").write_text(OWN)
+    return tmp_path
+
+
+@torch.no_grad()
+def test_a_memory_of_ones_own_is_used(own):
+    model, tokenizer = load(TINY, CPU, memory=f"{own / 'own memory.py'}:Newest", mem_topk=5)
+    _, cache = model(torch.tensor([tokenizer.encode("the whale " * 300)]))
+    memories = [layer.memory for layer in cache.layers if layer.memory is not None]
+    assert memories and all(type(x).__name__ == "Newest" and isinstance(x, FastMemory) for x in memories)
+    assert all(x.length > 300 and x.blocks[0][0].shape[2] == 9 for x in memories)
+    assert issubclass(own_memory(f"{own / 'own memory.py'}:OfTheCore"), Memory)
+
+
+def test_a_file_of_ones_own_may_hold_dataclasses(tmp_path):
+    """They look for their module by its name."""
+    begin = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    (tmp_path / "own.py").write_text(begin + OWN + "\n@dataclass\nclass Settings:\n    n: int = 3\n")
+    assert issubclass(own_memory(f"{tmp_path / 'own.py'}:Newest"), FastMemory)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("missing.py:Newest", "write FILE.py:CLASS, a Python file and a class in it"),
+        ("own.txt:Newest", "write FILE.py:CLASS"), ("own memory.py", "write FILE.py:CLASS"), ("Newest", "write FILE.py:CLASS"),
+        ("own memory.py:Oldest", "has no class Oldest"), ("own memory.py:number", "has no class number"),
+        ("own memory.py:", "has no class"), ("raises.py:Own", "does not run: ZeroDivisionError: division by zero"),
+        ("broken.py:Own", "does not run: SyntaxError: "), ("needs.py:Own", "does not run: ModuleNotFoundError: "),
+    ],
+)  # fmt: skip
+def test_a_memory_that_is_not_there_or_does_not_run_is_refused_in_one_line(name, said, own, monkeypatch):
+    monkeypatch.chdir(own)
+    with pytest.raises(UserError, match=f"^--memory .*{re.escape(said)}") as raised, user_errors():
+        load(TINY, CPU, memory=name)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_memory_that_does_not_know_a_setting_is_refused(own):
+    with pytest.raises(ValueError, match="^OfTheCore knows no mem_topk, mem_device or float8"):
+        load(TINY, CPU, memory=f"{own / 'own memory.py'}:OfTheCore", mem_topk=5)
+
+
+# ---------------------------------------------------------------------------------------------------------- Warnings
+
+
+@torch.no_grad()
+def test_overflow_is_warned_of_only_where_there_is_one_and_a_way_around_it():
+    def warned(model: FastLlama, T: int, new: int, cache: Cache | None = None) -> list[str]:
+        return list(warnings("sea", T, new, model, cache or model.new_cache()))
+
+    assert warned(small_model(mem_layers=()), 10, 10) == warned(small_model(keep_local=2), 10, 10) == []
+    model = small_model()
+    assert "at most 8 new tokens avoid it" in warned(model, 30, 16)[0]
+    assert "--last-context-length 1 avoids it" in warned(model, 30, 15)[0]
+    assert warned(model, 30, 8) == [] != warned(model, 30, 9)
+    _, cache = model(torch.ones(1, 15, dtype=torch.long), last_context_length=15)
+    assert "at most 1 new tokens avoid it" in warned(model, 1, 4, cache)[0]
+
+
+def test_a_bos_token_as_text_is_warned_of():
+    model = small_model()
+    assert "bos token" in next(warnings(" <s> sea", 3, 1, model, model.new_cache()))
+    assert list(warnings("sea <s>", 3, 1, model, model.new_cache())) == []

@@ -1,0 +1,1 @@
+"""FoT training, and the data and tasks that experiments share."""
