@@ -1,5 +1,6 @@
 """What the benchmarks claim to count and to compare, checked: python -m pytest benchmarks"""
 
+import importlib
 import os
 import re
 import subprocess
@@ -10,11 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import bench
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import bench
+from cli.loading import TINY
 
-HERE = Path(__file__).resolve().parent
+HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+
+
+PROGRAMS = [path for folder in ("examples", "experiments", "training", "benchmarks") for path in (ROOT / folder).glob("*.py")
+            if "\ndef main(" in path.read_text(encoding="utf-8")]  # fmt: skip
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -37,7 +43,7 @@ def test_each_implementation_gets_a_line_of_numbers():
         "--mem-device",
         "cpu",
     )
-    done = run("bench.py", "--shape", "tiny", *quick, "--compare", "naive,sdpa,transformers")
+    done = run("bench.py", "--shape", "tiny", *quick, "--compare", "core,naive,sdpa,transformers")
     assert done.returncode == 0, done.stderr
     lines = [
         [cell.strip() for cell in line.strip("| ").split("|")]
@@ -45,7 +51,7 @@ def test_each_implementation_gets_a_line_of_numbers():
         if line[:5] == "| 300"
     ]
     names = [(name, dtype) for _, name, dtype, *_ in lines]
-    others = [("naive", "float32"), ("sdpa", "float32"), ("transformers", "-")]
+    others = [("core", "float32"), ("naive", "float32"), ("sdpa", "float32"), ("transformers", "-")]
     assert names == [("longllama", "float32"), ("longllama", "bfloat16"), *others]
     for line in lines:
         assert all(re.fullmatch(r"[\d,.]+%?", cell) for cell in line[3:]), line
@@ -58,14 +64,18 @@ def test_what_does_not_fit_is_said():
     assert done.returncode == 2 and done.stdout == "" and "nothing of that fits" in done.stderr
 
 
-def test_an_implementation_that_computes_something_else_is_not_timed(monkeypatch):
+@torch.no_grad()
+def test_an_implementation_that_computes_something_else_is_not_timed():
     model = bench.random_model("tiny", CPU, torch.float32)
-    with torch.no_grad():
-        bench.check("naive", "float32", model)
-        right = bench.naive_attention
-        monkeypatch.setattr(bench, "naive_attention", lambda q, k, v, seen: right(q, k, v, seen.roll(1, dims=1)))
-        with pytest.raises(SystemExit, match="logits of naive differ"):
-            bench.check("naive", "float32", model)
+    config, weights = replace(model.config, mem_dtype="float32"), model.hf_tensors()
+
+    def elsewhere(q, k, v, seen):
+        return bench.naive_attention(q, k, v, seen.roll(1, dims=1))
+
+    bench.check("naive", "float32", model, bench.reader("naive", "float32", model))
+    with pytest.raises(SystemExit, match="logits of naive differ"):
+        wrong = lambda ids, cache: (cache or bench.Plain(config, weights, elsewhere)).read(ids)  # noqa: E731
+        bench.check("naive", "float32", model, wrong)
 
 
 @pytest.mark.parametrize("T", [5, 8, 9, 21, 50])
@@ -87,7 +97,7 @@ def test_prefill_flops_are_what_counting_token_by_token_gives(T):
 
 
 def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overflow(tmp_path):
-    (tmp_path / "text.txt").write_text((bench.TINY / "book.txt").read_text()[:60000])  # 20,000 tokens: just enough
+    (tmp_path / "text.txt").write_text((TINY / "book.txt").read_text()[:60000])  # 20,000 tokens: just enough
 
     def table(*flags):
         done = run("memory.py", "--text", str(tmp_path / "text.txt"), *flags)
@@ -103,3 +113,17 @@ def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overfl
     rows = table("--keep-local", "0,64")
     assert [row[0] for row in rows] == ["0", "64", "no overflow"]
     assert float(rows[0][1]) > float(rows[1][1])
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_help_begins_with_what_a_program_is_for_and_ends_with_commands(path, monkeypatch, capsys):
+    program = importlib.import_module(f"{path.parent.name}.{path.stem}")
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        program.main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith(program.__doc__.split("\n")[0])
+    commands = text.partition("\nexamples:\n")[2].splitlines()
+    assert len(commands) >= 2
+    assert all(re.match(r"    (python|torchrun|pip) ", command) for command in commands)
+    assert any(f"{path.parent.name}/{path.name}" in command for command in commands)

@@ -41,7 +41,7 @@ from cli.texts import read_prompt
 from fast import FastConfig, FastContext, FastLlama, FastMemory
 from fast.attention import fold, score
 from fast.files import replacing
-from longllama import Memory
+from longllama import Memory, require
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
 HEAVY = 64  # this many of the heaviest tokens are grouped into passages
@@ -125,7 +125,9 @@ def key_scores(q: Tensor, k: Tensor) -> Tensor:
 
 def watch(model: FastLlama, ids: list[int], max_new_tokens: int, **sampling) -> Iterator[tuple[int, dict[int, Recall]]]:
     """Generates, and yields each token with what the memory layers attended to when it was chosen: layer -> Recall."""
-    cache = model.new_cache(recording(model.new_memory or FastMemory), RecordingContext)
+    kind = model.new_memory or FastMemory
+    require(issubclass(kind, Memory), f"{kind.__name__} shows no keys: make it a subclass of fast.FastMemory")
+    cache = model.new_cache(recording(kind), RecordingContext)
     prompt = torch.tensor([ids], device=model.embed_tokens.weight.device)
     for new in model.generate(prompt, max_new_tokens, cache=cache, **sampling):
         yield new.item(), {i: recall(cache.layers[i]) for i in model.config.mem_layers}

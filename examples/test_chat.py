@@ -9,18 +9,19 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from chat import FORMATS, Conversation, Format, converse, lines
-
-import longllama
-from generate import TINY, load, save_memory
-from longllama import LongLlama
+from cli.loading import TINY, load
+from examples import chat as program
+from examples.chat import FORMATS, Conversation, Format, converse, lines
+from fast import FastLlama, save_memory
+from longllama import Cache
 from tokenizer import Tokenizer
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -47,7 +48,7 @@ def ask(chat: Conversation, *texts: str) -> list[str]:
 
 
 @torch.no_grad()
-def by_hand(tiny, segments: list[list[int]]) -> tuple[torch.Tensor, longllama.Cache]:
+def by_hand(tiny, segments: list[list[int]]) -> tuple[torch.Tensor, Cache]:
     """The logits of the last id, and the cache, after reading the segments one after another."""
     cache = None
     for segment in segments:
@@ -77,12 +78,24 @@ def assert_same_past(chat: Conversation, tiny, segments: list[list[int]], unread
             torch.testing.assert_close(block, right_block, rtol=0, atol=1e-2)  # bfloat16
 
 
-def script(monkeypatch, tokenizer: Tokenizer, *answers: str | list[int]):
-    """The model really reads, but what it writes is given."""
-    ids = iter(
-        [i for answer in answers for i in (tokenizer.encode(answer, bos=False) if isinstance(answer, str) else answer)]
-    )
-    monkeypatch.setattr(longllama, "sample", lambda logits, *_: torch.tensor([next(ids)]))
+class Scripted(FastLlama):
+    """It really reads, but what it writes is given, as long as anything is."""
+
+    script: Iterator[int] | None = None
+
+    def write(self, tokenizer: Tokenizer, *answers: str | list[int]):
+        ids = [tokenizer.encode(answer, bos=False) if isinstance(answer, str) else answer for answer in answers]
+        self.script = iter(sum(ids, []))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        if self.script is None:
+            return super().logits(x)
+        return F.one_hot(torch.tensor(next(self.script)), self.config.vocab_size).float().expand(len(x), 1, -1)
+
+
+@pytest.fixture
+def scripted(tiny):
+    return Scripted.from_pretrained(TINY), tiny[1]
 
 
 def test_turns_are_one_text_of_which_nothing_is_read_twice(tiny):
@@ -109,7 +122,7 @@ def test_what_was_printed_before_ctrl_c_is_what_is_remembered(tiny, layer, step)
         if steps == step + 1:
             raise KeyboardInterrupt  # in the midst of a forward: some layers have read the id, others not
 
-    hook = model.layers[layer].mlp.register_forward_hook(stop)
+    hook = model.layers[layer].down_proj.register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         for text in chat.answer(TEXTS[0]):
             printed += text
@@ -126,7 +139,7 @@ def test_what_was_printed_before_ctrl_c_is_what_is_remembered(tiny, layer, step)
 def test_ctrl_c_while_a_text_is_read_forgets_the_text(tiny):
     chat, other = conversation(tiny), conversation(tiny)
     assert ask(chat, TEXTS[0]) == ask(other, TEXTS[0])
-    hook = tiny[0].layers[2].mlp.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    hook = tiny[0].layers[2].down_proj.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         ask(chat, TEXTS[1])
     hook.remove()
@@ -135,16 +148,16 @@ def test_ctrl_c_while_a_text_is_read_forgets_the_text(tiny):
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny, capsys):
-    chat, answers = conversation(tiny), iter([["half an ", KeyboardInterrupt], ["answer"]])
+    answers = iter([["half an ", KeyboardInterrupt], ["answer"]])
 
-    def answer(text):
-        for part in next(answers):
-            if part is KeyboardInterrupt:
-                raise KeyboardInterrupt
-            yield part
+    class Stopped(Conversation):
+        def answer(self, text):
+            for part in next(answers):
+                if part is KeyboardInterrupt:
+                    raise KeyboardInterrupt
+                yield part
 
-    chat.answer = answer
-    assert converse(chat, iter(["one", "two"]))
+    assert converse(Stopped(*tiny), iter(["one", "two"]))
     assert capsys.readouterr().out == "half an \nanswer\n"
 
 
@@ -158,12 +171,12 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny, capsys):
         ("A USA, an ASSIST\n\nASSISTANT:", "A USA, an ASSIST\n"),
     ],
 )
-def test_stop_strings_are_never_printed_and_not_remembered(tiny, monkeypatch, written, printed):
-    tokenizer = tiny[1]
-    chat = conversation(tiny, STOPS)
-    script(monkeypatch, tokenizer, written + " and more" * 20)
+def test_stop_strings_are_never_printed_and_not_remembered(tiny, scripted, written, printed):
+    model, tokenizer = scripted
+    chat = conversation(scripted, STOPS)
+    model.write(tokenizer, written + " and more" * 20)
     parts = list(chat.answer("How are you?"))
-    monkeypatch.undo()
+    model.script = None
     assert "".join(parts).rstrip(" ") == printed
     first, kept = [1] + tokenizer.encode("How are you?", bos=False), tokenizer.encode("".join(parts), bos=False)
     segments = [first, *([i] for i in kept[:-1])]
@@ -172,27 +185,29 @@ def test_stop_strings_are_never_printed_and_not_remembered(tiny, monkeypatch, wr
     assert ask(chat, "Go on") == [tokenizer.decode(greedy(tiny, [*segments, second], NEW))]
 
 
-def test_text_that_only_looked_like_a_stop_is_printed_at_the_end_of_an_answer(tiny, monkeypatch):
-    chat = conversation(tiny, STOPS)
-    script(monkeypatch, tiny[1], "the USA\nUSE", [tiny[0].config.eos_token_id])
+def test_text_that_only_looked_like_a_stop_is_printed_at_the_end_of_an_answer(scripted):
+    model, tokenizer = scripted
+    chat = conversation(scripted, STOPS)
+    model.write(tokenizer, "the USA\nUSE", [model.config.eos_token_id])
     assert ask(chat, "Where?") == ["the USA\nUSE"]
 
 
-def test_a_cut_answer_has_no_half_characters_and_no_half_stop(tiny, monkeypatch):
-    pieces = [tiny[1].sp.piece_to_id(piece) for piece in ("<0x61>", "<0xC3>", "<0xA9>", "<0xC3>")]
-    chat = conversation(tiny, max_new_tokens=4)
-    script(monkeypatch, tiny[1], pieces)
+def test_a_cut_answer_has_no_half_characters_and_no_half_stop(scripted):
+    model, tokenizer = scripted
+    pieces = [tokenizer.sp.piece_to_id(piece) for piece in ("<0x61>", "<0xC3>", "<0xA9>", "<0xC3>")]
+    chat = conversation(scripted, max_new_tokens=4)
+    model.write(tokenizer, pieces)
     assert ask(chat, "Write") == ["aé"]
     assert list(chat.past.unread) == pieces[2:3]
-    chat = conversation(tiny, STOPS, max_new_tokens=len(tiny[1].encode("Yes.\nUS", bos=False)))
-    script(monkeypatch, tiny[1], "Yes.\nUS")
+    chat = conversation(scripted, STOPS, max_new_tokens=len(tokenizer.encode("Yes.\nUS", bos=False)))
+    model.write(tokenizer, "Yes.\nUS")
     assert ask(chat, "Write") == ["Yes."]
 
 
-def test_instruct_reads_the_opening_once_and_no_end_of_text(tiny, monkeypatch):
+def test_instruct_reads_the_opening_once_and_no_end_of_text(tiny, scripted):
     style, encode = FORMATS["instruct"], lambda text: tiny[1].encode(text, bos=False)
-    chat = conversation(tiny, style)
-    script(monkeypatch, tiny[1], "Fine.", [2], "Well.", [2])
+    chat = conversation(scripted, style)
+    scripted[0].write(tiny[1], "Fine.", [2], "Well.", [2])
     assert ask(chat, "How are you?", "And now?") == ["Fine.", "Well."]
     first = [1, *encode(style.opening), *encode("\nUSER: "), *encode("How are you?"), *encode("\nASSISTANT: ")]
     second = [*encode("\nUSER: "), *encode("And now?"), *encode("\nASSISTANT: ")]
@@ -264,7 +279,7 @@ def test_failing_commands_take_a_line_each_and_change_nothing(tiny, capsys, tmp_
 
 
 def test_a_full_window_without_memory_is_one_line(tiny, capsys):
-    model, tokenizer = LongLlama.from_pretrained(TINY, mem_layers=[]), tiny[1]
+    model, tokenizer = FastLlama.from_pretrained(TINY, mem_layers=[]), tiny[1]
     chat = conversation((model, tokenizer), max_new_tokens=1000)
     assert not converse(chat, iter([TEXTS[0], TEXTS[1]]))
     out, err = capsys.readouterr()
@@ -309,11 +324,9 @@ def test_as_a_filter_it_prints_answers_alone(tmp_path):
     ],
 )
 def test_mistakes_in_flags_are_one_line_and_exit_status_2(monkeypatch, capsys, flags):
-    import chat
-
     monkeypatch.setattr(sys, "argv", ["chat.py", *flags])
     with pytest.raises(SystemExit) as exit:
-        chat.main()
+        program.main()
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("chat.py: error: ")
 

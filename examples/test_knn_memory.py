@@ -1,8 +1,6 @@
 """What `knn_memory.py` claims, checked: python -m pytest examples/test_knn_memory.py"""
 
 import sys
-from copy import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples import knn_memory
 from examples.knn_memory import INDEXES, FaissMemory, RecordingMemory
-from generate import load_memory, save_memory
-from longllama import Cache, LongLlama, LongLlamaConfig, Memory
+from fast import FastConfig, FastLlama, FastMemory, load_memory, save_memory
+from fast.linear import Limits
 
 faiss = pytest.importorskip("faiss", reason="needs faiss-cpu")
 
@@ -31,14 +29,14 @@ def one_thread():
     faiss.omp_set_num_threads(before[1])
 
 
-def small_model(**changes) -> LongLlama:
+def small_model(**changes) -> FastLlama:
     """4 layers, 2 of them with memory, a window of 16; heads of 10 numbers, which are stored as 16."""
     torch.manual_seed(0)
     settings = {
         "vocab_size": 61, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
         "mem_layers": (1, 2), "max_position_embeddings": 16, "last_context_length": 8, "mem_dtype": "float32",
     }  # fmt: skip
-    return LongLlama(LongLlamaConfig(**settings | changes)).eval()
+    return FastLlama(FastConfig(**settings | changes)).eval()
 
 
 def ids(T: int, B: int = 1) -> torch.Tensor:
@@ -46,9 +44,9 @@ def ids(T: int, B: int = 1) -> torch.Tensor:
 
 
 @torch.no_grad()
-def read(model, segments, new_memory=Memory, K=None, B=1) -> torch.Tensor:
+def read(model, segments, new_memory=FastMemory, K=None, B=1) -> torch.Tensor:
     """Logits of all tokens, fed in segments."""
-    cache = Cache(replace(model.config, mem_topk=K), new_memory)
+    cache = model.new_cache(new_memory, mem_topk=K)
     return torch.cat([model(part, cache)[0] for part in ids(sum(segments), B).split(segments, dim=1)], dim=1)
 
 
@@ -60,15 +58,17 @@ def naive(q, k, v, K):
     return scores.softmax(dim=-1) @ v.double(), scores.logsumexp(dim=-1)
 
 
-def clustered(n: int, queries: int, **settings) -> tuple[RecordingMemory, torch.Tensor, torch.Tensor, torch.Tensor]:
+def clustered(
+    n: int, queries: int, kind=RecordingMemory, **settings
+) -> tuple[RecordingMemory, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A memory of n keys around 50 centres, in 2 heads of 16 numbers; queries (1, 2, queries, 16) near some keys; k and v."""
     torch.manual_seed(1)
     centres = torch.randn(50, 16)
     k = (centres[torch.randint(50, (2, n))] + 0.3 * torch.randn(2, n, 16))[None]
     v = torch.randn(1, 2, n, 16)
     q = 2 * (k[:, :, torch.randint(n, (queries,))] + 0.1 * torch.randn(1, 2, queries, 16))
-    config = LongLlamaConfig(mem_dtype="float32", mem_topk=settings.pop("K"))
-    memory = RecordingMemory(config, **settings)
+    config = FastConfig(mem_dtype="float32", mem_topk=settings.pop("K"))
+    memory = kind(config, **settings)
     memory.append(k, v)
     return memory, q, k, v
 
@@ -85,14 +85,17 @@ def test_with_k_as_large_as_memory_it_is_attention_to_all_of_it(index, G):
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"mem_dtype": "float8_e4m3fn"}])
-def test_flat_finds_what_the_exact_search_in_torch_finds(changes, monkeypatch):
+def test_flat_finds_what_the_exact_search_in_torch_finds(changes):
     model, segments = small_model(**changes), [50, 1, 9, 1, 30]
     exact = read(model, segments, K=3)
     torch.testing.assert_close(read(model, segments, FaissMemory, K=3), exact, rtol=0, atol=TOLERANCE)
     assert (exact - read(model, segments)).abs().max() > 100 * TOLERANCE  # three keys are not all
-    monkeypatch.setattr(knn_memory, "GATHERED", 1)  # a query at a time
-    monkeypatch.setattr(Memory, "BLOCK", 7)  # keys from many blocks
-    torch.testing.assert_close(read(model, segments, FaissMemory, K=3), exact, rtol=0, atol=TOLERANCE)
+
+    class SmallBlocks(FaissMemory):
+        BLOCK = 7  # keys from many blocks
+
+    slow = partial(SmallBlocks, limits=Limits(gathered=1))  # a query at a time
+    torch.testing.assert_close(read(model, segments, slow, K=3), exact, rtol=0, atol=TOLERANCE)
 
 
 def test_flat_is_the_formula():
@@ -107,11 +110,11 @@ def test_flat_is_the_formula():
 def test_gradients_are_those_of_the_exact_search_in_torch():
     def gradients(new_memory):
         model = small_model()
-        logits, _ = model(ids(40), Cache(replace(model.config, mem_topk=3), new_memory))
+        logits, _ = model(ids(40), model.new_cache(new_memory, mem_topk=3))
         logits.square().sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    expected = gradients(Memory)
+    expected = gradients(FastMemory)
     torch.testing.assert_close(gradients(FaissMemory), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
@@ -149,9 +152,12 @@ def test_what_was_not_found_has_no_weight():
             torch.testing.assert_close(lse[0, g, t].double(), expected_lse[0], rtol=0, atol=TOLERANCE)
 
 
-def test_a_query_that_finds_nothing_leaves_all_weight_to_the_local_context(monkeypatch):
-    memory, q, _, _ = clustered(100, 3, K=5)
-    monkeypatch.setattr(FaissMemory, "search", lambda self, q: torch.full((*q.shape[:3], 5), -1))
+def test_a_query_that_finds_nothing_leaves_all_weight_to_the_local_context():
+    class Lost(FaissMemory):
+        def search(self, q):
+            return torch.full((*q.shape[:3], 5), -1)
+
+    memory, q, _, _ = clustered(100, 3, Lost, K=5)
     out, lse = memory.attend(q, None)
     assert out.isfinite().all() and (lse < -1e30).all()
 
@@ -175,7 +181,7 @@ def test_lists_are_made_once_there_are_tokens_enough_and_anew_as_memory_grows():
 
 @torch.no_grad()
 def test_forks_go_on_apart():
-    model, config = small_model(), replace(small_model().config, mem_topk=3)
+    model = small_model(mem_topk=3)
     document, futures = ids(60), (ids(31), ids(33))
 
     def go_on(cache, future):
@@ -183,9 +189,9 @@ def test_forks_go_on_apart():
 
     expected = []
     for future in futures:
-        _, alone = model(document, Cache(config, FaissMemory))
+        _, alone = model(document, model.new_cache(FaissMemory))
         expected.append(go_on(alone, future))
-    _, cache = model(document, Cache(config, FaissMemory))
+    _, cache = model(document, model.new_cache(FaissMemory))
     twin = cache.fork()
     for one, future, logits in zip((twin, cache), reversed(futures), reversed(expected)):
         torch.testing.assert_close(go_on(one, future), logits, rtol=0, atol=TOLERANCE)
@@ -194,7 +200,7 @@ def test_forks_go_on_apart():
 @pytest.mark.parametrize("index", INDEXES)
 def test_what_a_fork_adds_is_never_found_by_the_other(index):
     memory, q, k, v = clustered(3000, 20, K=5, index=index)
-    twin = copy(memory)
+    twin = memory.fork()
     assert all(a is b for a, b in zip(memory.indexes, twin.indexes))  # nothing is copied before it must be
     before = memory.attend(q, None)
     twin.append(10 * k[:, :, :100], v[:, :, :100])
@@ -206,13 +212,27 @@ def test_what_a_fork_adds_is_never_found_by_the_other(index):
 def test_forks_of_a_memory_that_was_not_asked_yet_share_its_indexes():
     memory, *_ = clustered(100, 1, K=5)
     assert memory.indexes == []
-    assert copy(memory).indexes is copy(memory).indexes is memory.indexes != []
+    assert memory.fork().indexes is memory.fork().indexes is memory.indexes != []
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_rows_that_go_on_from_one_have_indexes_of_their_own(index):
+    memory, q, k, v = clustered(3000, 20, K=5, index=index)
+    before, rows = memory.attend(q, None), memory.fork()
+    rows.expand(2)
+    for both, one in zip(rows.attend(q.expand(2, -1, -1, -1), None), before):
+        torch.testing.assert_close(both, one.expand_as(both), rtol=0, atol=TOLERANCE)
+    near = torch.cat((10 * k[:, :, :100], torch.zeros_like(k[:, :, :100])))
+    rows.append(near, v[:, :, :100].expand(2, -1, -1, -1))
+    found = rows.attend(q.expand(2, -1, -1, -1), None), rows.search(q.expand(2, -1, -1, -1))
+    assert (found[1] >= 3000).flatten(1).any(dim=1).tolist() == [True, False]
+    assert all(torch.equal(a, b) for a, b in zip(before, memory.attend(q, None))) and memory.indexes[0].ntotal == 3000
 
 
 @torch.no_grad()
 def test_a_saved_memory_is_indexed_when_it_is_first_asked(tmp_path):
     model = small_model(mem_topk=3)
-    _, cache = model(ids(60), Cache(model.config, FaissMemory))
+    _, cache = model(ids(60), model.new_cache(FaissMemory))
     save_memory(tmp_path / "memory", cache, model)
     loaded = load_memory(tmp_path / "memory", model, FaissMemory)
     assert loaded.layers[1].memory.indexes == []
@@ -227,17 +247,17 @@ def test_a_saved_memory_is_indexed_when_it_is_first_asked(tmp_path):
 def test_padded_batches_are_refused():
     model = small_model(mem_topk=3)
     mask = torch.ones(2, 40, dtype=torch.long)
-    model(ids(40, 2), Cache(model.config, FaissMemory), mask)  # nothing is padding
+    model(ids(40, 2), model.new_cache(FaissMemory), mask)  # nothing is padding
     mask[1, :5] = 0
     with pytest.raises(ValueError, match="no padded batches"):
-        model(ids(40, 2), Cache(model.config, FaissMemory), mask)
+        model(ids(40, 2), model.new_cache(FaissMemory), mask)
 
 
 def test_settings_that_cannot_be_are_refused_by_name():
     with pytest.raises(ValueError, match="needs mem_topk"):
-        FaissMemory(LongLlamaConfig())
+        FaissMemory(FastConfig())
     with pytest.raises(ValueError, match="index must be one of"):
-        FaissMemory(LongLlamaConfig(mem_topk=3), index="tree")
+        FaissMemory(FastConfig(mem_topk=3), index="tree")
 
 
 def run_main(*flags) -> None:
@@ -253,7 +273,7 @@ def same_argv(monkeypatch):
 def test_a_missing_faiss_is_one_line_that_names_the_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="^FaissMemory needs Faiss: pip install faiss-cpu$"):
-        FaissMemory(LongLlamaConfig(mem_topk=3))
+        FaissMemory(FastConfig(mem_topk=3))
     with pytest.raises(SystemExit):
         run_main("--index", "flat")
     assert "pip install faiss-cpu" in capsys.readouterr().err

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import look_at_memory as look
-from look_at_memory import Recall, Text, Views, find_passages, watch
-
-from generate import TINY, load
-from longllama import Cache, LongLlama, LongLlamaConfig, Memory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.loading import TINY, load
+from examples import look_at_memory as look
+from examples.look_at_memory import Recall, RecordingContext, Text, Views, find_passages, recording, watch
+from fast import FastConfig, FastLlama, FastMemory
+from longllama import Cache, Memory
 
 HOSTILE = '</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> & "'
 WINDOW, LAST = 16, 8
@@ -32,7 +32,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def small_model(**overrides) -> LongLlama:
+class Watched(FastLlama):
+    """The cache that it made last is `cache`."""
+
+    cache: Cache | None = None
+
+    def new_cache(self, *args, **settings) -> Cache:
+        self.cache = super().new_cache(*args, **settings)
+        return self.cache
+
+
+class SmallBlocks(FastMemory):
+    BLOCK = 24
+
+
+def small_model(**overrides) -> FastLlama:
     """Random weights; heads of 12 numbers, which are stored as 16, and two query heads to a key head."""
     torch.manual_seed(0)
     settings = {
@@ -47,7 +61,7 @@ def small_model(**overrides) -> LongLlama:
         "mem_layers": (1, 3),
         "mem_dtype": "float32",
     }
-    return LongLlama(LongLlamaConfig(**settings | overrides)).eval()
+    return Watched(FastConfig(**settings | overrides)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +86,11 @@ def stored(k: torch.Tensor, dtype: str) -> torch.Tensor:
     return (k / scale).float().to(getattr(torch, dtype)).double() * scale
 
 
-def naive(model: LongLlama, layer: int, normed: torch.Tensor, M: int) -> torch.Tensor:
+def naive(model: FastLlama, layer: int, normed: torch.Tensor, M: int) -> torch.Tensor:
     """One softmax over all keys, of the last of `normed` (S, C), the layer's inputs; M of them are in memory: (H, S)."""
     config, S = model.config, len(normed)
     H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    q, k, _ = (normed.double() @ model.layers[layer].self_attn.qkv_proj.weight.double().T).split(
-        (H * D, G * D, G * D), -1
-    )
+    q, k, _ = (normed.double() @ model.layers[layer].qkv_proj.weight.double().T).split((H * D, G * D, G * D), -1)
     q, k = (x.unflatten(-1, (-1, D)).transpose(0, 1) for x in (q, k))  # (H, S, D), (G, S, D)
     q = rotated(q[:, -1:], torch.tensor([S - M - 1]))
     k = torch.cat((stored(k[:, :M], config.mem_dtype), rotated(k[:, M:], torch.arange(S - M))), dim=1)
@@ -89,7 +101,7 @@ def naive(model: LongLlama, layer: int, normed: torch.Tensor, M: int) -> torch.T
     return scores.softmax(dim=-1)
 
 
-def inputs(model: LongLlama) -> dict[int, list[torch.Tensor]]:
+def inputs(model: FastLlama) -> dict[int, list[torch.Tensor]]:
     """What each memory layer's attention will be given, (tokens, C) each time, in the order of the text."""
     normed = {i: [] for i in model.config.mem_layers}
     for i, seen in normed.items():
@@ -101,12 +113,10 @@ def inputs(model: LongLlama) -> dict[int, list[torch.Tensor]]:
 @pytest.mark.parametrize("mem_dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("setting", [{}, {"keep_local": 5}, {"mem_topk": 7}], ids=["all", "keep_local", "topk"])
 @torch.no_grad()
-def test_weights_are_those_of_one_softmax_over_all_keys(mem_dtype, setting, monkeypatch):
+def test_weights_are_those_of_one_softmax_over_all_keys(mem_dtype, setting):
     """Over many blocks, before and after generated tokens went into memory, twice."""
-    monkeypatch.setattr(Memory, "BLOCK", 24)
-    caches = []
-    monkeypatch.setattr(look, "Cache", lambda *args: caches.append(Cache(*args)) or caches[-1])
     model, T, M, local = small_model(mem_dtype=mem_dtype, **setting), 61, 61 - LAST, LAST
+    model.use_memory(SmallBlocks)
     normed, ids = inputs(model), torch.randint(3, 100, (T,)).tolist()
     for n, (_, recalls) in enumerate(watch(model, ids, 30, temperature=0, eos_token_id=None)):
         if n and local == WINDOW:  # the window was full: all but keep_local moved into memory
@@ -125,13 +135,20 @@ def test_weights_are_those_of_one_softmax_over_all_keys(mem_dtype, setting, monk
             assert abs(found.weights.sum().item() - 1) < 1e-6
             assert found.difference < 1e-5
     assert M > T  # generated tokens were remembered
-    assert len(caches[0].layers[3].memory.blocks) > 2
+    assert len(model.cache.layers[3].memory.blocks) > 2
+
+
+def test_a_memory_of_another_make_is_refused_by_name():
+    model = small_model()
+    model.use_memory(type("Other", (), {}))
+    with pytest.raises(ValueError, match="Other shows no keys: make it a subclass of fast.FastMemory"):
+        next(watch(model, [5] * 40, 1))
 
 
 @torch.no_grad()
 def test_the_difference_tells_when_keys_are_not_those_attended_to():
     model = small_model()
-    cache = look.recording_cache(model.config)
+    cache = model.new_cache(recording(FastMemory), RecordingContext)
     model(torch.arange(3, 50)[None], cache)
     assert look.recall(cache.layers[1]).difference < 1e-5
     cache.layers[1].memory.blocks[0][0][:, :, 3] += 10
@@ -147,6 +164,34 @@ def test_before_anything_is_remembered_all_attention_is_local():
         assert (recalls[1].weights[0].sum() > 0) == (M > 0), n
         weights = naive(model, 1, torch.cat(normed[1]), M).mean(dim=0)
         torch.testing.assert_close(recalls[1].weights.sum(dim=0).double(), weights, atol=1e-6, rtol=0)
+
+
+class Thirds(FastMemory):
+    """Keeps every third token, and in the second key head the one after it."""
+
+    def choose(self, k, real):
+        token = self.blocks[0][2][0, 0, :, 0]
+        starts = (token % 3 == 0).nonzero().flatten()
+        return torch.stack((starts, (starts + 1).clamp(max=len(token) - 1))).expand(len(k), -1, -1)
+
+
+class CoreThirds(Memory):
+    choose = Thirds.choose
+
+
+@pytest.mark.parametrize("kind", [Thirds, CoreThirds])
+@torch.no_grad()
+def test_of_a_memory_that_forgets_the_tokens_that_it_kept_have_weight(kind):
+    model, T = small_model(), 61
+    model.use_memory(kind)
+    for _, recalls in watch(model, torch.randint(3, 100, (T,)).tolist(), 30, temperature=0, eos_token_id=None):
+        for i, found in recalls.items():
+            memory = model.cache.layers[i].memory
+            kept = torch.cat([which for _, _, which in memory.blocks], dim=2).unique()
+            assert found.weights[0].nonzero().flatten().tolist() == kept.tolist()
+            assert len(kept) < memory.length and abs(found.weights.sum().item() - 1) < 1e-6
+            assert found.difference < 1e-5
+    assert memory.length > T
 
 
 # -------------------------------------------------------------------------------------------------------- passages
@@ -300,10 +345,18 @@ def test_the_command_prints_passages_and_writes_the_page(monkeypatch, capsys, tm
     assert all(len(layer["passages"]) <= 2 for view in data["views"] for layer in view["layers"])
 
 
+def test_without_flags_it_shows_the_pass_key_in_the_book(monkeypatch, capsys):
+    run_main(monkeypatch)
+    out, err = capsys.readouterr()
+    assert re.findall(r'^"(\d)" ', out, re.M) == list("71428")
+    found = re.findall(r"[\d.]+%  token 3,2\d\d, window 13, 41,8\d\d tokens back\n +….*The pass key is .*", out)
+    assert len(found) >= 3 and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "--prompt"),
+        (["--top", "2"], "--prompt"),
         (["--prompt", "Call me Ishmael."], "nothing to look at"),
         (["--prompt", LONG, "--top", "0"], "--top"),
         (["--prompt", LONG, "--max-new-tokens", "0"], "--max-new-tokens"),
@@ -337,7 +390,7 @@ def test_a_model_without_memory_layers_is_refused(monkeypatch, capsys, tmp_path)
 @pytest.mark.parametrize("T, new, used", [(LAST, 9, False), (LAST, 10, True), (LAST + 1, 1, True)])
 def test_a_text_that_never_reaches_memory_is_refused_beforehand(T, new, used):
     model = small_model()
-    cache = look.recording_cache(model.config)
+    cache = model.new_cache(recording(FastMemory), RecordingContext)
     for _ in model.generate(torch.full((1, T), 5), new, temperature=0, eos_token_id=None, cache=cache):
         pass
     assert (cache.memory_length > 0) == used
@@ -356,11 +409,10 @@ def test_brackets_stand_around_heavy_words_and_not_their_spaces():
     assert look.marked(tokens, colour=True) == "The \033[7mpass key\033[0m is \033[7m7\033[0m"
 
 
-def test_ctrl_c_ends_quietly(monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(look, "watch", interrupted)
+def test_ctrl_c_ends_quietly(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "interrupted.py"
+    file.write_text("from fast import FastMemory\n\nclass Interrupted(FastMemory):\n    def append(self, k, v):\n"
+                    "        raise KeyboardInterrupt\n")  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
-        run_main(monkeypatch, "--prompt", LONG)
+        run_main(monkeypatch, "--prompt", LONG, "--memory", f"{file}:Interrupted")
     assert stopped.value.code == 130 and "Traceback" not in capsys.readouterr().err

@@ -12,15 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from longllama import cross_batch_extra
+from tokenizer import Tokenizer
+from training.data import Corpus, held_out, text_files
+from training.train import Phase, Recipe, extra_contexts, main
+from training.train_tokenizer import train as train_tokenizer
+
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-from data import Corpus, held_out, text_files  # noqa: E402
-from train import Phase, Recipe, extra_contexts, main  # noqa: E402
-from train_tokenizer import train as train_tokenizer  # noqa: E402
-
-from longllama import cross_batch_extra  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-
 TOKENIZER = HERE.parent / "tiny" / "tokenizer.model"
 LONG_TEXT = (HERE.parent / "tiny" / "book.txt").read_text(encoding="utf-8")
 
@@ -53,8 +52,8 @@ def recipe(tmp_path_factory):
     return path
 
 
-def train(recipe, folder, output, *flags, processes: int = 1):
-    """Runs train.py; returns what it printed, and the finished model's tensors if there is one."""
+def train(recipe, folder, output, *flags, processes: int = 1, before=None):
+    """Runs train.py, after before() in its process; returns what it printed, and the finished model's tensors if there is one."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [
         sys.executable,
@@ -71,7 +70,11 @@ def train(recipe, folder, output, *flags, processes: int = 1):
         *flags,
     ]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=before,
     )
     model = Path(output) / "model.safetensors"
     return done, load_file(model) if model.exists() else None
@@ -207,19 +210,14 @@ def test_training_does_not_overwrite_another_model(whole, recipe, folder, tmp_pa
     assert done.returncode == 2 and "has a model in it" in done.stderr
 
 
-def test_a_full_disk_leaves_nothing_half_written(recipe, folder, tmp_path, capsys, monkeypatch):
-    def full(state, path):
-        path.write_bytes(b"half")
-        raise RuntimeError("unexpected pos 17792 vs 17686")
+def test_a_full_disk_leaves_nothing_half_written(recipe, folder, tmp_path):
+    resource, output = pytest.importorskip("resource"), tmp_path / "run"
 
-    monkeypatch.setattr(torch, "save", full)
-    output = tmp_path / "run"
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *map(str, ("--recipe", recipe, "--data", folder, "--output", output))]
-    )
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2 and "cannot be written: is the disk full?" in capsys.readouterr().err
+    def room_for_the_log_alone():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes of a file
+
+    done, _ = train(recipe, folder, output, "--stop-after", 1, before=room_for_the_log_alone)
+    assert done.returncode == 2 and "cannot be written: is the disk full?" in done.stderr
     assert [path.name for path in output.iterdir()] == ["losses.jsonl"]
 
 

@@ -1,0 +1,173 @@
+"""The experiments' programs, checked: python -m pytest experiments"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.loading import TINY
+from experiments import passkey
+from experiments import perplexity as evaluation
+from experiments.perplexity import perplexity
+from fast import FastLlama
+from tokenizer import Tokenizer
+from training.tasks import prompt_ids
+
+BOOK = (TINY / "book.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tiny model's tensors are too small to be shared between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return FastLlama.from_pretrained(TINY), Tokenizer(TINY / "tokenizer.model")
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(main, *flags): the exit status of a program."""
+
+    def run(main, *flags) -> int:
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
+
+
+def models(folder: Path) -> tuple[Path, Path]:
+    """Two more of the tiny model: one of the same name, and one without memory layers."""
+    other, plain = folder / "tiny", folder / "plain"
+    for path, changes in ((other, {}), (plain, {"mem_layers": []})):
+        shutil.copytree(TINY, path)
+        config = json.loads((TINY / "config.json").read_text()) | changes
+        (path / "config.json").write_text(json.dumps(config))
+    return other, plain
+
+
+# -------------------------------------------------------------------------------------------------------- Pass keys
+
+
+def test_a_pass_key_is_hidden_in_text_only(run, tmp_path, capsys):
+    (tmp_path / "book").write_bytes(b"caf\xe9")
+    assert run(passkey.main, "--text", tmp_path / "book") == 2
+    out, err = capsys.readouterr()
+    assert f"--text {tmp_path / 'book'} is not UTF-8 text (byte 3)" in err and err.count("\n") == 1 and out == ""
+
+
+def test_the_pass_key_table_has_a_row_for_each_model_and_is_printed_where_one_fails(run, tmp_path, capsys):
+    other, plain = models(tmp_path)
+    flags = ["--lengths", "512,512", "--trials", "2", "--filler", "grass", "--model"]
+    assert run(passkey.main, *flags, TINY, other, TINY, plain) == 2
+    out, err = capsys.readouterr()
+    rows = [line for line in out.splitlines() if "grass" in line]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {TINY}", f"| {other}"]
+    assert all(row.endswith("(2) |") for row in rows) and "exceed the window" in err
+
+
+def test_tiny_finds_a_pass_key_hundreds_of_windows_back(tiny, run, capsys):
+    assert run(passkey.main, "--lengths", "64k", "--trials", "3", "--filler", "text", "--seed", "5") == 0
+    assert "100% (3)" in capsys.readouterr().out
+    model, tokenizer = tiny
+    text, rng = tokenizer.encode(BOOK, bos=False), torch.Generator().manual_seed(0)
+    blind = FastLlama.from_pretrained(TINY, mem_layers=())  # the same question without what memory holds
+    for depth in (0.1, 0.9):
+        ids = torch.tensor([prompt_ids(tokenizer, 1 << 12, depth, "90417", text, rng)])
+        assert ids.shape == (1, 1 << 12)
+        found = tokenizer.decode([i.item() for i in model.generate(ids, 6, temperature=0)])
+        lost = tokenizer.decode([i.item() for i in blind.generate(ids[:, -128:], 6, temperature=0)])
+        assert found.strip() == "90417" != lost.strip()
+
+
+def test_a_table_is_written_and_a_picture_drawn(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    table, picture = tmp_path / "table.md", tmp_path / "found.svg"
+    flags = ["--lengths", "512,1k", "--trials", 2, "--filler", "grass", "--table", table, "--picture", picture]
+    assert run(passkey.main, *flags) == 0
+    assert table.read_text() == capsys.readouterr().out and rows(table.read_text())[0][2:] == ["512", "1k"]
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--lengths", "10"], "at least"),
+        (["--lengths", "x"], "'x' is no length"),
+        (["--trials", "0"], "--trials"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--picture", "found.doc"], ".png"),
+        (["--table", "nowhere/table.md"], "--table"),
+        (["--memory", "nowhere.py:Mine"], "--memory"),
+    ],
+)
+def test_mistakes_in_flags_are_one_line_and_exit_status_2(flags, named, run, capsys):
+    assert run(passkey.main, *flags) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and named in err
+
+
+# ------------------------------------------------------------------------------------------------------- Perplexity
+
+
+@torch.no_grad()
+def test_memory_lowers_the_perplexity_of_tiny_on_a_book_it_never_saw(tiny):
+    model, tokenizer = tiny
+    ids = torch.tensor([tokenizer.encode(BOOK)])[:, : 40 * 256]
+    with_memory, _ = model(ids, last_context_length=256)
+    without = model(ids.view(40, 256))[0].view_as(with_memory)
+    losses = [F.cross_entropy(x[0, 256:-1], ids[0, 257:]).item() for x in (with_memory, without)]
+    assert losses[0] < losses[1]
+
+
+@torch.no_grad()
+def test_perplexity_is_of_the_same_windows_with_any_memory(tiny):
+    """Against each window, read by hand after the windows before it."""
+    model, tokenizer = tiny
+    documents = [torch.tensor(tokenizer.encode(BOOK[start : start + 9000])) for start in (0, 20000)]
+    for memory in (0, 2):
+        losses = []
+        for document in documents:
+            for w in range(3, (len(document) - 1) // 256, 2):
+                cache = model.new_cache()
+                for before in range(w - memory, w):
+                    model(document[None, before * 256 : (before + 1) * 256], cache, last_context_length=256)
+                logits, _ = model(document[None, w * 256 : (w + 1) * 256], cache, last_context_length=256)
+                losses.append(F.cross_entropy(logits[0], document[w * 256 + 1 : (w + 1) * 256 + 1]))
+        value, tokens = perplexity(model, documents, memory, 3, stride=2)
+        assert tokens == 256 * len(losses) and len(losses) >= 6
+        assert value == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-3)
+    with pytest.raises(ValueError, match="no document is longer than 1000 windows"):
+        perplexity(model, documents, 0, 1000, stride=1)
+
+
+def test_the_perplexity_table_has_a_row_for_each_model(run, tmp_path, capsys):
+    for i in range(16):  # the ninth is held out
+        (tmp_path / f"{i:02}.txt").write_text(BOOK[: 6000 if i == 8 else 10], encoding="utf-8")
+    flags = ["--data", tmp_path, "--windows", "0", "2", "--stride", "1", "--model", TINY, TINY]
+    assert run(evaluation.main, *flags) == 0
+    found = rows(capsys.readouterr().out)
+    assert found[0] == ["model", "0 windows", "2 windows", "tokens"] and [row[0] for row in found[2:]] == ["tiny"] * 2
+    assert found[2] == found[3] and all(1 < float(value) < 100 for value in found[2][1:3])
+    assert run(evaluation.main, "--data", tmp_path / "nowhere") == 2
+    assert run(evaluation.main, "--data", tmp_path, "--windows", "1000") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 2 and "no document is longer than 1000 windows" in err
