@@ -31,10 +31,10 @@ bench() { # NAME SECONDS FLAGS...
     entry "$name" "$seconds" python benchmarks/bench.py --shape "$shape" --device "$device" "$@"
 }
 
-short=2k,16k long=256k longest=1M compile=--compile
-if [ "$device" = cpu ]; then short=1k long=2k longest=4k compile=--batch=1; fi
+short=2k,16k long=256k longest=1M compile=--compile tests=cuda all=
+if [ "$device" = cpu ]; then short=1k long=2k longest=4k compile= tests=original all="-k original"; fi
 
-entry tests-cuda 180 python -m pytest -q -x -k "$([ "$device" = cpu ] && echo recorded || echo cuda)"
+entry tests-cuda 180 python -m pytest -q -x -k $tests
 bench table-short 200 $compile --prompt-tokens $short --compare naive,sdpa,transformers
 bench table-256k 120 $compile --prompt-tokens $long --compare ""
 bench table-1M 150 $compile --prompt-tokens $longest --repeats 1 --compare ""
@@ -42,4 +42,4 @@ bench core 90 --prompt-tokens ${short%%,*} --compare core
 entry profile 90 python benchmarks/profile_step.py --shape "$shape" --device "$device" --prompt-tokens ${short%%,*}
 bench main-memory-short 90 --mem-device cpu --prompt-tokens ${short##*,} --compare ""
 bench main-memory-256k 180 --mem-device cpu --prompt-tokens $long --repeats 1 --compare ""
-entry tests-all 600 python -m pytest -q
+entry tests-all 600 python -m pytest -q $all
