@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longllama import cross_batch_extra
 from tokenizer import Tokenizer
 from training.data import Corpus, held_out, text_files
+from training.tasks import KEY
 from training.train import Phase, Recipe, extra_contexts, main
 from training.train_tokenizer import train as train_tokenizer
 
@@ -266,6 +267,24 @@ def test_answers_mark_the_digits_of_the_key_stated_before(dense, corpus):
         key = text.split("The pass key is ")[1][:5]
         digits = corpus.tokenizer.decode(ids[answers].tolist()).replace(" ", "")
         assert len(ids) == 513 and digits and (digits + key).startswith(key) and digits in key * 40
+
+
+@pytest.mark.parametrize("cut", [0.0, 1.0])
+def test_a_cut_statement_lies_across_the_border_of_the_first_two_windows(cut, corpus):
+    stated, window = corpus.tokenizer.encode("The pass key is", bos=False), 128
+    length = len(corpus.tokenizer.encode(KEY.format(key="12345"), bos=False))
+    for seed in range(20):
+        ids = corpus.passkey(np.random.default_rng(seed), 513, window, dense=False, cut=cut)[0].tolist()
+        starts = [i for i in range(len(ids)) if ids[i : i + len(stated)] == stated]
+        assert (starts[0] < window < starts[0] + length) == bool(cut)
+
+
+def test_answers_weigh_as_much_as_the_recipe_says(recipe, folder, tmp_path):
+    raw, found = json.loads(recipe.read_text()), []
+    for weight in (0.0, 1.0):
+        (tmp_path / "recipe.json").write_text(json.dumps(raw | {"answer_weight": weight}))
+        found.append(train(tmp_path / "recipe.json", folder, tmp_path / str(weight), "--stop-after", 1)[1])
+    assert any((found[0][name] != found[1][name]).any() for name in found[0])
 
 
 @pytest.mark.parametrize("dense", [True, False])
