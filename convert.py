@@ -141,6 +141,7 @@ def main():
     args = parser.parse_args()
     with ending_well(parser):
         convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force)
+        print(f"wrote {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Continues a text with a LongLLaMA model. Without any flag it shows that the tiny model finds a pass key 160 windows back.
 
     python generate.py --prompt "The sea" --max-new-tokens 50 --seed 1
-    python generate.py --model long_llama_3b --prompt-file book.txt --max-new-tokens 200
+    python generate.py --prompt-file tiny/book.txt --max-new-tokens 50 --keep-local 64
 
 The continuation, and nothing else, goes to standard output. Warnings, progress and statistics go to standard error.
 """

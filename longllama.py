@@ -18,7 +18,7 @@ Five ideas carry it:
 
 Axes: B batch, T new tokens, S tokens in a set of keys, n some of them, H query heads, G key-value heads (H, or fewer),
 R = T * H / G, D head dim, C hidden size, V vocabulary. `real` (B, 1, S, 1) is False at padding; None: there is none.
-`FastLlama`, in fast/, is the same model, faster.
+`FastLlama`, in fast/, has faster kernels and more kinds of memory.
 """
 
 import json

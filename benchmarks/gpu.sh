@@ -10,6 +10,10 @@ set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu-results} device=${DEVICE:-cuda} shape=${SHAPE:-3b} first=${1:-tests-cuda} started=
 export PYTHONUNBUFFERED=1
+if [ "$device" = cuda ] && ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    echo "gpu.sh: there is no GPU that torch can use here: DEVICE=cpu SHAPE=tiny rehearses without one" >&2
+    exit 2
+fi
 mkdir -p "$out"
 
 # entry NAME SECONDS COMMAND...: what the command prints goes to NAME.txt, once it has ended well.

@@ -1,6 +1,6 @@
 """A random checkpoint of the size and in the layouts of the released 3B model, to try conversion and generation at real size.
 
-    python benchmarks/random_checkpoint.py --layout bin --tokenizer tokenizer.model --output random_3b_bin
+    python benchmarks/random_checkpoint.py --layout bin --tokenizer tiny/tokenizer.model --output random_3b_bin
     python convert.py --input random_3b_bin --output random_3b
     python generate.py --model random_3b --prompt-file tiny/book.txt
 

@@ -121,7 +121,7 @@ def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
 
 def add_prompt_flags(parser: argparse.ArgumentParser):
     """--prompt or --prompt-file, for `read_prompt`."""
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt = parser.add_mutually_exclusive_group()  # `read_prompt` asks for one: a misspelt flag is told first
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
 

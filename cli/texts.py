@@ -33,6 +33,8 @@ def read_prompt(args: argparse.Namespace) -> str:
         if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # how Python keeps other bytes
             raise ValueError("--prompt is not UTF-8 text: convert it first")
         return args.prompt
+    if args.prompt_file is None:
+        raise ValueError("there is no text to read: give --prompt TEXT or --prompt-file FILE")
     if args.prompt_file != "-":
         return read_text(Path(args.prompt_file), "--prompt-file")
     data = sys.stdin.buffer.read() if sys.stdin is not None else b""

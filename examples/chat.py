@@ -2,7 +2,7 @@
 
     python examples/chat.py --read tiny/book.txt                     # talk about a book
     python examples/chat.py --model DIR --format instruct            # LongLLaMA-Instruct's chat
-    python examples/chat.py --read book.txt --fork < questions.txt   # a filter: a question a line, each asked of the book alone
+    python examples/chat.py --read tiny/book.txt --fork < FILE       # a filter: a question a line, each asked of the book alone
 
 Ctrl-C stops an answer, and /help lists the commands. Of an answer exactly what was printed is remembered. When the local context
 has filled the window it moves into memory; --keep-local N softens that. Only answers go to standard output; as a filter the

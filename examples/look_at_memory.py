@@ -1,7 +1,7 @@
 """What a model looked back at: the remembered passages that took most attention, for each generated token and memory layer.
 
-    python examples/look_at_memory.py --prompt-file book.txt --max-new-tokens 20                     # in the terminal
-    python examples/look_at_memory.py --prompt-file book.txt --max-new-tokens 20 --html look.html    # a page to explore
+    python examples/look_at_memory.py                                                                # a pass key in a book
+    python examples/look_at_memory.py --prompt-file tiny/book.txt --html look.html                   # a page to explore
 
 A token is chosen by the query of the last position before it. In a memory layer that query attends with one softmax to memory
 and to the local context, so the two shares sum to 1, and the share of memory is what FoT trains. `RecordingContext` keeps the
