@@ -51,8 +51,10 @@ def own_memory(name: str) -> Callable:
     """The class that FILE.py:CLASS names. The file is run. Raises ValueError."""
     file, _, kind = name.rpartition(":")
     path = Path(file)
-    if path.suffix != ".py" or not path.is_file():
+    if path.suffix != ".py":
         raise ValueError(f"--memory {name}: write FILE.py:CLASS, a Python file and a class in it")
+    if not path.is_file():
+        raise ValueError(f"--memory {name}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"own_memory_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it

@@ -139,7 +139,7 @@ def test_a_file_of_ones_own_may_hold_dataclasses(tmp_path):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("missing.py:Newest", "write FILE.py:CLASS, a Python file and a class in it"),
+        ("missing.py:Newest", "there is no file missing.py"),
         ("own.txt:Newest", "write FILE.py:CLASS"), ("own memory.py", "write FILE.py:CLASS"), ("Newest", "write FILE.py:CLASS"),
         ("own memory.py:Oldest", "has no class Oldest"), ("own memory.py:number", "has no class number"),
         ("own memory.py:", "has no class"), ("raises.py:Own", "does not run: ZeroDivisionError: division by zero"),

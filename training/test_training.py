@@ -279,12 +279,20 @@ def test_a_cut_statement_lies_across_the_border_of_the_first_two_windows(cut, co
         assert (starts[0] < window < starts[0] + length) == bool(cut)
 
 
-def test_answers_weigh_as_much_as_the_recipe_says(recipe, folder, tmp_path):
-    raw, found = json.loads(recipe.read_text()), []
-    for weight in (0.0, 1.0):
-        (tmp_path / "recipe.json").write_text(json.dumps(raw | {"answer_weight": weight}))
-        found.append(train(tmp_path / "recipe.json", folder, tmp_path / str(weight), "--stop-after", 1)[1])
-    assert any((found[0][name] != found[1][name]).any() for name in found[0])
+@pytest.mark.parametrize("name", ["answer_weight", "cut", "repeated", "single"])
+def test_what_a_recipe_says_of_answers_and_hard_keys_reaches_training(name, recipe, folder, tmp_path):
+    found = []
+    for value in (0.0, 1.0):
+        raw = json.loads(recipe.read_text())
+        changes = {} if name == "answer_weight" else {name: value}
+        mix = {"ranges": None, "mix": {"passkey": [1.0, 1.0]}}
+        raw |= {
+            "phases": [phase | mix | changes for phase in raw["phases"]],
+            "answer_weight": value if not changes else 1.0,
+        }
+        (tmp_path / "recipe.json").write_text(json.dumps(raw))
+        found.append(train(tmp_path / "recipe.json", folder, tmp_path / str(value), "--stop-after", 1)[1])
+    assert any((found[0][tensor] != found[1][tensor]).any() for tensor in found[0])
 
 
 @pytest.mark.parametrize("dense", [True, False])
