@@ -1,4 +1,4 @@
-"""LongLLaMA: LLaMA with the memory layers of the Focused Transformer (FoT), the whole architecture in one file.
+"""LongLLaMA: LLaMA with the memory layers of the Focused Transformer (FoT), the architecture in one file.
 
 A transformer reads a window of a few thousand tokens. FoT (Tworkowski et al. 2023, arXiv:2307.03170) gives a few layers, the
 *memory layers*, a second set of keys and values: those of every token before the window. Queries there attend with one softmax
@@ -8,7 +8,7 @@ to both sets. No weights are added, and a model trained on 8k tokens reads 256k 
     k v  k v  k v  k v  k v  k v  ...  k v  k v    |   k v   k v   k v   k v  <- q
     keys unrotated, as if all at position 0        |   RoPE positions 0, 1, 2, 3 ...
 
-Five ideas carry it:
+Five ideas:
 
   `merge`, `attend`        One softmax over two sets is the softmax over each, weighted by their log-sum-exps.
   `Memory`                 Remembered keys lose their position: all stand where the local context starts.
@@ -93,7 +93,7 @@ class LongLlamaConfig:
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
         allowed = {"model_type": ("llama", "longllama"), "rope_type": ("default",), "hidden_act": ("silu",), "mem_topk": ()}
         allowed |= {"head_dim": (config.head_dim,), "attention_bias": (False,), "mlp_bias": (False,), "mem_device": ()}
-        for name in allowed.keys() - cls.__dataclass_fields__:
+        for name in allowed.keys() - cls.__dataclass_fields__:  # subclasses have more
             require(raw.get(name) in (None, *allowed[name]), f"{name} {raw.get(name)!r} is not supported, only {allowed[name]}")
         return replace(config, **overrides)
 
@@ -327,7 +327,7 @@ class Cache:
         return twin
 
 
-def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple[int, int, int]]:
+def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig) -> list[tuple]:
     """How T new tokens are read: pieces (start, stop, keep). Before each, all local tokens but the newest `keep` move into
     memory; then tokens start to stop - 1 join. All but the last `last` tokens are cut into windows.
 

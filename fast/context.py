@@ -1,4 +1,7 @@
-"""The local context, written in place: a token joins it without a copy of those before."""
+"""The local context, written in place: a token joins it without a copy of those before.
+
+On a CPU that is no faster than to concatenate, as longllama.py does (docs/speed.md); captured steps need places that stay.
+"""
 
 import torch
 from torch import Tensor
