@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,15 @@ def first_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """Text that may come from anywhere, on one line and without control characters: it goes to a terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
+def warn(text: str):
+    print(f"{Path(sys.argv[0]).name}: warning: {printable(text)}", file=sys.stderr)
 
 
 def out_of_memory(error: Exception) -> bool:

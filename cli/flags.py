@@ -3,11 +3,14 @@
 import argparse
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from cli.ending import first_line
 from cli.loading import DTYPES, TINY
 from cli.texts import hide_key, read_text
 from fast import MEM_DTYPES
+from fast.files import check_writable
 
 
 def parser_for(doc: str) -> argparse.ArgumentParser:
@@ -131,7 +134,31 @@ def demonstration() -> list[str]:
     return ["--prompt", hide_key(read_text(TINY / "book.txt")), "--max-new-tokens", "6", "--temperature", "0"]
 
 
-def check_new_file(flag: str, path: Path):
-    """Refuses, before the work begins, a path that its result could not be written to."""
+def check_new_file(flag: str, path: Path, nbytes: int = 0):
+    """Refuses, before the work begins, a path that its result, of so many bytes if they are known, could not be written to."""
     if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
         raise ValueError(f"{flag} {path}: name a file, not a folder or device, in a folder that exists")
+    try:
+        check_writable(path, nbytes)
+    except OSError as error:
+        raise ValueError(f"{flag} {first_line(error)}") from None
+
+
+def check_new_folder(flag: str, path: Path, nbytes: int = 0):
+    """Refuses, before the work begins, a folder that a result could not be written to. Folders that are missing may be made."""
+    missing = []
+    try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        check_writable(path / "config.json", nbytes)
+    except OSError as error:
+        told = (
+            "it is no folder: name one"
+            if isinstance(error, (FileExistsError, NotADirectoryError))
+            else first_line(error)
+        )
+        raise ValueError(f"{flag} {path}: {told}") from None
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()

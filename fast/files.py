@@ -4,10 +4,12 @@ Files are untrusted: what an index names outside of its folder is not followed, 
 What is written is whole or not there: it goes to a temporary name first.
 """
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -59,21 +61,43 @@ def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], torch.dtype]]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which becomes the file of that name when all is written. Raises OSError."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} cannot be written: it is not a regular file, and is not replaced by one")
-    target = path.resolve()  # what a link points to, and not the link
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")  # nobody else's
+def unfinished(path: Path) -> Iterator[tuple[Path, Path]]:
+    """A temporary path, which is gone afterwards, and the path of the file that it may become: what a link points to, and not the
+    link. Raises OSError, by the name of `path`."""
+    target = Path(os.path.realpath(path))
+    part = target.with_name(
+        f".{target.name[:32]}.{os.getpid()}.part"
+    )  # nobody else's, and no longer than a name can be
     try:
-        yield unfinished
-        unfinished.replace(target)
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        if target.exists() and not target.is_file():
+            raise OSError("it is not a regular file, and is not replaced by one")
+        yield part, target
     except OSError as error:
-        if error.filename and Path(error.filename) != unfinished:  # something else, that was read meanwhile
+        if error.filename and Path(error.filename) not in (part, target):  # something else, that was read meanwhile
             raise
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes the file of that name when all is written. Raises OSError."""
+    with unfinished(path) as (part, target):
+        yield part
+        part.replace(target)
+
+
+def check_writable(path: Path, nbytes: int = 0):
+    """Tries, before the work begins, whether a file of that name and size could be written. Raises OSError."""
+    with unfinished(path) as (part, target):
+        part.write_bytes(bytes(4096))  # a full disk takes a name, and nothing in it
+        free = shutil.disk_usage(target.parent).free
+        if nbytes > free:
+            raise OSError(f"it takes {nbytes / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
 
 
 def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dtype: torch.dtype | None = None):
