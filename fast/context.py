@@ -13,7 +13,13 @@ from longllama import Attended, LocalCache, LongLlamaConfig, Memory
 
 
 class FastContext(LocalCache):
-    """`tensors` are (B, G, capacity, D padded to a multiple of 8) each: they hold `length` tokens, and have room for a window."""
+    """`tensors` are (B, G, capacity, D padded to a multiple of 8) each: they hold `length` tokens, and have room for more.
+
+    Room doubles when it is full, up to the window, since a window of millions of tokens would not fit. It is a power of two,
+    or the window, so that captured steps see few sizes, and multiples of 1024 (see `fused_kernel`).
+    """
+
+    ROOM = 2048  # tokens, from the first on: the window of the 3B model, whose steps are captured once then
 
     def __init__(self, config: LongLlamaConfig, memory: Memory | None, rotates: bool, limits: Limits = LIMITS):
         super().__init__(config, memory, rotates)
@@ -29,7 +35,8 @@ class FastContext(LocalCache):
         self.length += new[0].shape[2]
         window, grad = self.config.max_position_embeddings, torch.is_grad_enabled()
         if grad or not old or self.length > self.tensors[0].shape[2]:  # what autograd keeps must not be written into
-            capacity = self.length if grad else max(self.length, window)
+            room = min(max(self.ROOM, 1 << self.length.bit_length()), window)  # more than there are, below the window
+            capacity = self.length if grad else max(self.length, room)
             self.tensors = [store(x, capacity, x[-1].dtype, x[-1].device) for x in (zip(old, new) if old else zip(new))]
         else:
             for tensor, x in zip(self.tensors, new):

@@ -86,8 +86,9 @@ class StepContext(LocalCache):
 class Steps:
     """Reads a single token by replaying a CUDA graph of the whole model, where it can.
 
-    The graph is captured anew where a cache's tensors are others than those before: after the window overflowed, say. What it
-    cannot do goes the usual way: other numbers of tokens, an overflow, padding, memory in main memory, caches of another kind.
+    The graph is captured anew where a cache's tensors are others than those before: after the window overflowed, say, or its
+    room was full and doubled. What it cannot do goes the usual way: other numbers of tokens, room that is full, padding, memory
+    in main memory, caches of another kind.
     There is one graph, so one step at a time, and weights have to stay where they are.
     """
 

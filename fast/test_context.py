@@ -33,6 +33,44 @@ def test_a_context_beyond_the_window_has_no_more_room_than_tokens():
     assert cache.layers[1].tensors[0].shape[2] == 30
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "window, tokens, room",
+    [(16, 2, 16), (2048, 2, 2048), (1 << 28, 2, 2048), (1 << 28, 2047, 2048), (1 << 28, 2048, 4096), (5000, 2100, 4096),
+     (5000, 4096, 5000), (5000, 5000, 5000), (16, 20, 20)],
+)  # fmt: skip
+def test_room_is_a_power_of_two_above_the_tokens_or_the_whole_window(window, tokens, room):
+    local = FastContext(small_config(max_position_embeddings=window), None, True)
+    local.append(list(torch.zeros(3, 1, 4, tokens, 8)))
+    assert [x.shape[2] for x in local.tensors] == [room] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [40, 1 << 28])
+@pytest.mark.parametrize(
+    "parts, rooms", [([1] * 40, [4, 8, 16, 32, 64]), ([9, 1, 1, 1, 25, 1, 2], [16, 64]), ([5, 30, 5], [8, 64])]
+)
+def test_room_that_doubles_moves_few_tokens_and_changes_no_number(parts, rooms, window):
+    """Forks at every token, as in a conversation, leave the first one its room."""
+
+    class Narrow(FastContext):
+        ROOM = 4
+
+    config, qkv = small_config(max_position_embeddings=window), torch.randn(3, 1, 4, 40, 8)
+    narrow, wide = Narrow(config, FastMemory(config), True), FastContext(config, FastMemory(config), True)
+    start, forks, places = 0, [], []
+    for tokens in parts:
+        outs = [feed(local, config, start, start + tokens, *qkv) for local in (narrow, wide)]
+        assert torch.equal(*outs)
+        start += tokens
+        places += [x for x in narrow.tensors[:1] if all(x is not place for place in places)]
+        forks.append(narrow.fork())
+    assert [x.shape[2] for x in places] == [min(room, window) for room in rooms]
+    for x, y in zip(narrow.filled(), wide.filled()):
+        assert torch.equal(x, y)
+    assert all(torch.equal(a, b[:, :, : fork.length]) for fork in forks for a, b in zip(fork.tensors, narrow.tensors))
+
+
 def feed(local: FastContext, config, start: int, stop: int, q: Tensor, k: Tensor, v: Tensor, real=None) -> Tensor:
     """Tokens start to stop - 1, of unrotated queries and keys, join a context."""
     rope = rope_table(local.length, stop - start, config, q.device)

@@ -135,6 +135,21 @@ def test_what_steps_cannot_do_goes_the_usual_way():
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("window, captures", [(2060, 2 + 1), (5000, 2)])
+def test_steps_are_captured_anew_where_room_doubles_and_lose_nothing_there_nor_at_an_overflow(window, captures):
+    prepared = []
+    model, stepping = stepping_pair(lambda work, device: prepared.append(1) or work, max_position_embeddings=window)
+    ids = torch.randint(61, (1, 2075))
+    caches = [m.new_cache() for m in (model, stepping)]
+    for part in ids.split([2040] + [1] * 35, dim=1):
+        a, b = (m(part, cache, last_context_length=2040)[0] for m, cache in zip((model, stepping), caches))
+        assert (a - b)[:, -1].abs().max() < 1e-4
+        assert len({(c.local_length, c.memory_length) for c in caches}) == 1
+    assert len(prepared) == captures
+    assert (caches[1].local_length, caches[1].memory_length) == ((15, 2060) if window == 2060 else (2075, 0))
+
+
+@torch.inference_mode()
 def test_a_token_that_finds_no_local_context_or_a_full_one_goes_the_usual_way():
     model, stepping = stepping_pair(never)
     ids = torch.randint(61, (1, 17))
