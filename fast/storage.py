@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 
+def padded(D: int) -> int:
+    """The width that heads of D numbers are stored in: the multiple of 8 that fused kernels want (the 3B model's have 100)."""
+    return -(-D // 8) * 8
+
+
 def store(
     parts: tuple[Tensor, ...], capacity: int, dtype: torch.dtype, device: torch.device, pin: bool = False
 ) -> Tensor:
-    """The parts, (B, G, n, D) each, concatenated into new storage (B, G, capacity, D), D padded to the multiple of 8 that fused
-    kernels want (the 3B model's heads have 100). pin: main memory that can be copied to a GPU while that computes."""
+    """The parts, (B, G, n, D) each, concatenated into new storage (B, G, capacity, D `padded`). pin: main memory that can be
+    copied to a GPU while that computes."""
     B, G, _, D = parts[-1].shape
-    size, start = (B, G, capacity, -(-D // 8) * 8), 0
+    size, start = (B, G, capacity, padded(D)), 0
     with torch.inference_mode(False):  # a tensor made in that mode cannot be written into outside of it
         stored = torch.empty(size, dtype=dtype, device=device, pin_memory=pin)
     for x in parts:
