@@ -9,7 +9,6 @@ to both sets. No weights are added, and a model trained on 8k tokens reads 256k 
     keys unrotated, as if all at position 0        |   RoPE positions 0, 1, 2, 3 ...
 
 Five ideas:
-
   `merge`, `attend`        One softmax over two sets is the softmax over each, weighted by their log-sum-exps.
   `Memory`                 Remembered keys lose their position: all stand where the local context starts.
   `Cache.restart`          A full local context moves into memory, and the next starts at position 0.
@@ -17,8 +16,8 @@ Five ideas:
   `cross_batch_attention`  Training mixes keys of the true past with other documents', which queries learn to ignore.
 
 Axes: B batch, T new tokens, S tokens in a set of keys, n some of them, H query heads, G key-value heads (H, or fewer),
-R = T * H / G, D head dim, C hidden size, V vocabulary. `real` (B, 1, S, 1) is False at padding; None: there is none.
-`FastLlama`, in fast/, has faster kernels and more kinds of memory.
+R = T * H / G, D head dim, C hidden size, V vocabulary. `real` (B, 1, S, 1) is False at padding; None: no padding.
+`FastLlama`, in fast/: faster kernels, more kinds of memory.
 """
 
 import json
@@ -44,7 +43,7 @@ def require(condition: bool, message: str):
 
 @dataclass(frozen=True)
 class LongLlamaConfig:
-    """Under the names of a Hugging Face config.json; frozen, so completed through vars."""
+    """Under Hugging Face's names; frozen, so completed through vars."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -58,12 +57,12 @@ class LongLlamaConfig:
     last_context_length: int = 1024  # newest tokens of a prompt that stay local
     mem_layers: tuple[int, ...] = ()  # those with a memory
     mem_positionals: bool = True  # False: memory layers do not rotate
-    mem_dtype: str = "bfloat16"  # of memory as it is stored
+    mem_dtype: str = "bfloat16"  # memory is stored as
     mem_attention_grouping: tuple[int, int] | None = None  # [heads, queries] scored at once
     keep_local: int = 0  # newest tokens that stay local when the window is full
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | list[int] = 2
     pad_token_id: int = 0
 
     MEM_DTYPES = ("float32", "bfloat16", "float16")
@@ -86,8 +85,8 @@ class LongLlamaConfig:
 
     @classmethod
     def from_json(cls, path: str | Path, **overrides):
-        """Of transformers 4 or 5. Raises ValueError for what is not supported."""
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        """Of transformers 4 or 5; ValueError for what is not supported."""
+        raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         raw |= rope | {"rope_type": rope.get("rope_type", rope.get("type"))}
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
@@ -106,7 +105,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_table(start: int | Tensor, T: int, config: LongLlamaConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles at positions start to start + T - 1 (Su et al. 2021), float32: (T, D/2) each."""
+    """cos and sin at positions start to start + T - 1 (Su et al. 2021), float32: (T, D/2) each."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # (D/2,)
     angle = (start + torch.arange(T, device=device)).float().outer(frequency)  # (T, D/2)
     return angle.cos(), angle.sin()
@@ -166,10 +165,10 @@ class Memory:
 
         after 6 windows  [. . . .] [. .]      after 7  [. . . .] [. .] [.]      after 8  [. . . . . . . .]
 
-    To keep only some tokens, override `choose`. A memory of another make needs `append`, `attend`, `fork`, `length` (all tokens
+    To keep only some tokens, override `choose`. Another make of memory needs `append`, `attend`, `fork`, `length` (all tokens
     appended, kept or not) and `nbytes`."""
 
-    BLOCK = 8192  # tokens, at most
+    BLOCK = 8192  # tokens
 
     def __init__(self, config: LongLlamaConfig):
         self.dtype, H = getattr(torch, config.mem_dtype), config.num_attention_heads
@@ -446,7 +445,7 @@ class LongLlama(nn.Module):
         self, input_ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None, last_context_length=None,
         logits_to_keep=0, labels=None,
     ) -> tuple[Tensor, Cache]:
-        """Reads input_ids (B, T) after what the cache holds; returns logits (B, T, V), and the cache, T tokens further on.
+        """Reads input_ids (B, T) after what the cache holds; returns logits (B, T, V), and the cache.
 
         attention_mask (B, T), of the new tokens: 0 is padding, on the left. last_context_length: instead of the config's.
         logits_to_keep: n > 0 gives the last n only, (B, n, V), and computes no more. labels: gives the mean of the
@@ -459,7 +458,7 @@ class LongLlama(nn.Module):
 
     def token_losses(self, input_ids: Tensor, labels: Tensor, cache=None, attention_mask=None, last_context_length=None):
         """Cross-entropy (B, T) of each label given the tokens before, 0 for -100 and at the first position; and the cache. labels
-        are input_ids or -100, as in Hugging Face. Logits of few tokens exist at a time."""
+        are input_ids or -100, as in Hugging Face. Few logits exist at a time."""
 
         def losses(x: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(x).float().mT, labels, reduction="none")
@@ -518,17 +517,17 @@ class LongLlama(nn.Module):
         self, input_ids: Tensor, max_new_tokens: int, *, temperature=1.0, top_k=None, top_p=None, seed=None, eos_token_id=-1,
         cache=None, attention_mask=None, last_context_length=None,
     ) -> Iterator[Tensor]:
-        """Continues input_ids (B, T): yields ids (B,) until all rows had eos_token_id (-1: the config's; None: never); one that
-        had it gets pad_token_id. temperature 0: the likeliest; top_k, top_p: draws from the k likeliest, those that sum to p.
+        """Continues input_ids (B, T): yields ids (B,) until all rows had an eos_token_id (-1: the config's; None: never), and
+        got pad_token_id since. temperature 0: the likeliest; top_k, top_p: draws from the k likeliest, those that sum to p.
         The cache lacks only the ids yielded last: to go on, begin with them."""
-        eos = self.config.eos_token_id if eos_token_id == -1 else eos_token_id
+        eos = self.config.eos_token_id if eos_token_id == -1 else [] if eos_token_id is None else eos_token_id
         rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        ended, eos = input_ids.new_zeros(len(input_ids), dtype=torch.bool), torch.tensor(eos, device=input_ids.device)
         for _ in range(max_new_tokens):
             logits, cache = self(input_ids, cache, attention_mask, last_context_length, logits_to_keep=1)
             ids = sample(logits[:, -1].float(), temperature, top_k, top_p, rng).masked_fill(ended, self.config.pad_token_id)
             yield ids
-            ended |= ids == eos  # False where eos is None
+            ended |= torch.isin(ids, eos)
             if ended.all():
                 return
             input_ids, attention_mask = ids[:, None], None
@@ -542,16 +541,17 @@ class LongLlama(nn.Module):
         return model
 
     def load(self, folder: Path):
-        self.tie_weights()  # which to_empty undid
         with safe_open(folder / "model.safetensors", framework="pt") as file:
+            if "lm_head.weight" not in [*file.keys()]:
+                self.tie_weights()  # which to_empty undid
             for name, tensor in self.hf_tensors().items():
                 tensor.copy_(file.get_tensor(name))
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """Views of the weights, by Hugging Face's names: q, k, v are one matrix here, and gate, up."""
         C, kv, tensors = self.config.hidden_size, self.layers[0].G * self.layers[0].D, {}
-        qkv, gate_up = "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "mlp.gate_proj mlp.up_proj"
-        theirs = {"qkv_proj": qkv, "o_proj": "self_attn.o_proj", "gate_up_proj": gate_up, "down_proj": "mlp.down_proj"}
+        theirs = {"qkv_proj": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "o_proj": "self_attn.o_proj"}
+        theirs |= {"gate_up_proj": "mlp.gate_proj mlp.up_proj", "down_proj": "mlp.down_proj"}
         for name, parameter in self.named_parameters():
             ours, prefix = name.split(".")[-2], "" if name.startswith("lm_head") else "model."
             names = theirs.get(ours, ours).split()

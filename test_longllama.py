@@ -198,6 +198,13 @@ def test_without_memory_or_with_all_kept_local_it_is_llama_and_padding_changes_n
     for ours in (logits, kept):
         assert error(ours[:, n:], reference(ids).logits) < 1e-4  # float32 sums in another order, of logits up to 20
 
+def test_a_head_of_its_own_is_kept_as_transformers_keeps_it_though_the_config_ties_it(kind, tmp_path):
+    reference, ids = hf_llama(tmp_path, tie_word_embeddings=True), torch.randint(97, (1, 30))
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": torch.randn(97, 64)}, tmp_path / "model.safetensors", {"format": "pt"})
+    right, logits = LlamaForCausalLM.from_pretrained(tmp_path)(ids).logits, kind.from_pretrained(tmp_path)(ids)[0]
+    assert error(logits, right) < 1e-4 and error(right, reference(ids).logits) > 1
+
 def test_bfloat16_is_as_near_float32_as_that_of_transformers_and_a_norm_is_the_same_bit_by_bit(kind, tmp_path):
     reference, ids = hf_llama(tmp_path, initializer_range=0.1), torch.randint(97, (4, 60))
     right, model = reference(ids).logits, kind.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -687,16 +694,18 @@ def test_generation_respects_its_settings_draws_from_float32_and_refuses_what_is
     with pytest.raises(ValueError, match="finite"):
         next(model.generate(ids, 1))
 
-def test_rows_end_at_eos_are_padded_after_it_and_generation_ends_when_all_have(kind):
+def test_rows_end_at_one_of_several_ids_are_padded_after_it_and_generation_ends_when_all_have(kind):
     ids = small_ids(3, 20)
     run = partial(generated, small_model(kind, pad_token_id=7), n=40, temperature=0)
     free = run(ids, eos_token_id=None)
-    for eos in (free[0][0], free[0][5]):
-        stops = [row.index(eos) + 1 if eos in row else 40 for row in free]
+    for eos in ([60], (free[0][2], free[1][3], 60), free[0][0], free[0][5]):
+        ends = eos if isinstance(eos, (list, tuple)) else [eos]
+        stops = [next((n for n, i in enumerate(row, 1) if i in ends), 40) for row in free]
         assert run(ids, eos_token_id=eos) == [row[:stop] + [7] * (max(stops) - stop) for row, stop in zip(free, stops)]
         assert run(ids[:1], eos_token_id=eos) == [free[0][: stops[0]]]
     assert min(stops) < max(stops)  # so there was padding
-    assert generated(small_model(kind, eos_token_id=eos), ids[:1], 40, temperature=0) == [free[0][: stops[0]]]
+    for own in (eos, [60, eos]):  # the config's
+        assert generated(small_model(kind, eos_token_id=own), ids[:1], 40, temperature=0) == [free[0][: stops[0]]]
 
 # --------------------------------------------------------------------------------------------- 8. Configs and weights
 

@@ -9,6 +9,7 @@ Ids are those of raw SentencePiece, `<s>` in front. Two things differ from what 
 """
 
 import codecs
+from hashlib import sha256
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -17,7 +18,8 @@ SPACE = "\u2581"  # how pieces write a space
 
 
 class Tokenizer:
-    """bos_id, eos_id: ids of `<s>` and `</s>`; vocab_size: how many ids there are. Raises OSError, ValueError."""
+    """bos_id, eos_id: ids of `<s>` and `</s>`; vocab_size: how many ids there are; digest: a hash of the file. Raises OSError,
+    ValueError."""
 
     def __init__(self, path: str | Path):
         model = Path(path).read_bytes()
@@ -29,10 +31,13 @@ class Tokenizer:
         self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no <s> or no </s>: it is no tokenizer of a LLaMA")
+        self.digest = sha256(model).hexdigest()
         # How many leading spaces decoding drops: none, the one that encoding put there, or all.
-        letter, space = self.sp.piece_to_id("a"), self.sp.piece_to_id(SPACE)
-        self.drops_one_space = self.sp.decode([space, letter]) == "a"
-        self.drops_all_spaces = self.sp.decode([space, space, letter]) == "a"
+        # A piece that begins with a space shows it: "\u2581" itself, where there is one.
+        ids = (i for i in (self.sp.piece_to_id(SPACE), *range(self.vocab_size)) if self.is_text(i))
+        start = next((i for i in ids if self.sp.id_to_piece(i).startswith(SPACE)), None)
+        self.drops_one_space = start is not None and not self.sp.decode([start]).startswith(" ")
+        self.drops_all_spaces = start is not None and self.sp.decode([start, start]) == ""
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         return [self.bos_id] * bos + self.sp.encode(text) + [self.eos_id] * eos
@@ -40,6 +45,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of ids. Special tokens, and ids that the model has but the tokenizer has not, are no text."""
         return self.sp.decode([i for i in ids if self.is_text(i)])
+
+    def ends_text(self, i: int) -> bool:
+        """Whether an id can be one that ends a text: it is control text, and does not begin one."""
+        return 0 <= i < self.vocab_size and self.sp.is_control(i) and (i != self.bos_id or i == self.eos_id)
 
     def is_text(self, i: int) -> bool:
         return 0 <= i < self.vocab_size and not self.sp.is_control(i) and not self.sp.is_unknown(i)

@@ -4,11 +4,14 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fast import FastLlama
+from cli.ending import warn
+from fast import FastConfig, FastLlama
+from fast.files import read_json
 from longllama import Cache, split_into_windows
 from tokenizer import Tokenizer
 
@@ -40,8 +43,9 @@ def load(
     tokenizer = Tokenizer(folder / "tokenizer.model")
     dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    config = with_special_ids(FastConfig.from_json(folder / "config.json"), tokenizer, folder)
+    overrides |= {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     model = FastLlama.from_pretrained(folder, device, dtype, **overrides)
-    check_vocabulary(folder, tokenizer, model)
     if memory is not None:
         model.use_memory(own_memory(memory))
     return model, tokenizer
@@ -68,13 +72,39 @@ def own_memory(name: str) -> Callable:
     return found
 
 
-def check_vocabulary(where: Path, tokenizer: Tokenizer, model: FastLlama):
+def check_vocabulary(where: Path, tokenizer: Tokenizer, config: FastConfig):
     """Raises ValueError where the tokenizer, from `where`, has ids that the model has not."""
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: "
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}: "
             "they do not belong together"
         )
+
+
+def with_special_ids(config: FastConfig, tokenizer: Tokenizer, folder: Path) -> FastConfig:
+    """The config, with the ids that its tokenizer has for `<s>`, and for what ends a text where the config's are none that could:
+    with a warning. Several may end it. Raises ValueError where the two do not belong together."""
+    check_vocabulary(folder, tokenizer, config)
+    said = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    ends = tuple(i for i in said if tokenizer.ends_text(i))
+    if ends != said:
+        added = added_ids(folder) - {tokenizer.bos_id}
+        ends = tuple(i for i in said if tokenizer.ends_text(i) or i in added)
+    if ends != said:
+        ends = ends or (tokenizer.eos_id,)
+        listed = [", ".join(map(str, ids)) for ids in (said, ends)]
+        warn(f"{folder}: eos_token_id {listed[0]} ends no text of tokenizer.model: it ends at {listed[1]} instead")
+    return replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=ends if len(ends) > 1 else ends[0])
+
+
+def added_ids(folder: Path) -> set[int]:
+    """Special tokens that Hugging Face's files add to a tokenizer: what ends a turn of a chat, say."""
+    raw = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        raw[name] = read_json(folder / name) if (folder / name).is_file() else {}
+    decoder = raw["tokenizer_config.json"].get("added_tokens_decoder") or {}
+    special = [i for i, token in decoder.items() if isinstance(token, dict) and token.get("special")]
+    return {int(i) for i in (*special, *raw["added_tokens.json"].values()) if str(i).isdecimal()}
 
 
 def warnings(prompt: str, T: int, new: int, model: FastLlama, cache: Cache) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Ids and texts are those of SentencePiece itself, streamed or not."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -71,12 +72,10 @@ def test_a_continuation_keeps_its_leading_space():
     assert streamed(tokenizer, ids, continues=True) == " the sea" and streamed(tokenizer, ids) == "the sea"
 
 
-def special_tokenizer(path: Path, **options) -> Path:
+def special_tokenizer(path: Path, text: str = "the sea", **options) -> Path:
+    options = {"vocab_size": 3 + len({*text.replace(" ", "\u2581"), "\u2581"}), "minloglevel": 1} | options
     with path.open("wb") as file:
-        sentences = iter(["the sea"] * 9)
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_writer=file, vocab_size=9, minloglevel=1, **options
-        )
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([text] * 9), model_writer=file, **options)
     return path
 
 
@@ -109,3 +108,34 @@ def test_tokenizers_that_keep_or_drop_all_spaces_stream_the_text_of_all_ids(kept
     for ids in ([space, space, *rest], [space, *rest, space, space, *rest], rest + rest, tokenizer.encode("  the sea")):
         assert streamed(tokenizer, ids) == tokenizer.decode(ids)
     assert tokenizer.decode(ids) == ("  the sea" if kept else "the sea")
+
+
+@pytest.mark.parametrize(
+    "kept", [{"add_dummy_prefix": False, "remove_extra_whitespaces": False}, {}], ids=["kept", "one"]
+)
+@pytest.mark.parametrize("text", ["鯨 在 海裡", "η θάλασσα είναι", "海と空"])
+def test_spaces_are_streamed_right_by_tokenizers_that_have_no_latin_letter(text, kept, tmp_path):
+    tokenizer = Tokenizer(special_tokenizer(tmp_path / "m", text, **kept))
+    assert tokenizer.sp.is_unknown(tokenizer.sp.piece_to_id("a")) or "e" in text
+    space, rng = tokenizer.sp.piece_to_id("\u2581"), random.Random(0)
+    for _ in range(300):
+        ids = [space] * rng.randrange(3) + [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 6))]
+        assert streamed(tokenizer, ids) == tokenizer.decode(ids) == tokenizer.sp.decode([i for i in ids if i > 2])
+    assert streamed(tokenizer, tokenizer.encode(text)) == text
+
+
+def test_what_ends_a_text_is_control_text_other_than_its_beginning(tmp_path):
+    names = {
+        "control_symbols": ["<|eot|>"],
+        "user_defined_symbols": ["<|im_end|>"],
+        "pad_id": 3,
+        "hard_vocab_limit": False,
+    }
+    tokenizer = Tokenizer(special_tokenizer(tmp_path / "m", vocab_size=14, **names))
+    ends = [i for i in range(-1, 20) if tokenizer.ends_text(i)]
+    assert [tokenizer.sp.id_to_piece(i) for i in ends] == ["</s>", "<pad>", "<|eot|>"]
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    path = special_tokenizer(tmp_path / "m")
+    assert Tokenizer(path).digest == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -24,6 +24,16 @@ NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {torch.float8_e
 Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises OSError, and ValueError by the file's name."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+        require(isinstance(raw, dict), "must be a JSON object")
+    except (ValueError, RecursionError) as error:  # broken JSON is a ValueError, if it is not nested too deep
+        raise ValueError(f"{path}: {error}") from None
+    return raw
+
+
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The file of weights in a Hugging Face folder, or else the shards that its index names. They must lie beside it."""
     whole, index = folder / name, folder / f"{name}.index.json"

@@ -6,7 +6,6 @@ Its weights, its interface and, up to rounding, its logits are those of `LongLla
 computes: configs, caches and files of any make are refused in a line that names what does not fit.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fast.context import FastContext
-from fast.files import find_weights
+from fast.files import find_weights, read_json
 from fast.linear import LIMITS, Limits, use_fast_linear
 from fast.memory import FastMemory
 from fast.steps import Steps, captured, compile_blocks, compile_step, compiled, join
@@ -55,6 +54,8 @@ class FastConfig(LongLlamaConfig):
         )
         require(fits, f"mem_attention_grouping must be null or [heads, queries] of at least 1, not {grouping!r}")
         vars(self).update(mem_attention_grouping=grouping and tuple(grouping))
+        if not isinstance(self.eos_token_id, int):
+            vars(self).update(eos_token_id=tuple(self.eos_token_id))
         require(self.mem_device in (None, "cpu"), f'mem_device must be null or "cpu", not {self.mem_device!r}')
         super().__post_init__()
 
@@ -64,8 +65,10 @@ class FastConfig(LongLlamaConfig):
         if value is None and default is None:
             return
         if name in limits:
-            fits = type(value) is int and 0 <= value < getattr(self, limits[name])
-            require(fits, f"{name} must be one whole number, at least 0 and less than {limits[name]}, not {value!r}")
+            several = name == "eos_token_id" and isinstance(value, (list, tuple)) and value
+            fits = all(type(i) is int and 0 <= i < getattr(self, limits[name]) for i in (value if several else [value]))
+            kind = "whole numbers" if several else "one whole number"
+            require(fits, f"{name} must be {kind}, at least 0 and less than {limits[name]}, not {value!r}")
         elif kind in (int, int | None):
             fits = is_count(value) and value <= LARGEST
             require(fits, f"{name} must be a whole number of 1 to {LARGEST}, not {value!r}")
@@ -77,15 +80,21 @@ class FastConfig(LongLlamaConfig):
 
     @classmethod
     def from_json(cls, path: str | Path, **overrides) -> "FastConfig":
+        """As LongLlamaConfig's, and what ends a text from the generation_config.json beside it, if it says so."""
+        raw, generation = read_json(Path(path)), Path(path).with_name("generation_config.json")
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-            require(isinstance(raw, dict), "must be a JSON object")
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
             require(isinstance(rope, dict), "rope_parameters or rope_scaling must be a JSON object")
             config = super().from_json(path)
-        except (ValueError, RecursionError) as error:  # broken JSON is a ValueError, if it is not nested too deep
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        return cls(**asdict(config) | overrides)
+        eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+        if eos is not None:
+            try:
+                config = replace(config, eos_token_id=eos)
+            except ValueError as error:
+                raise ValueError(f"{generation}: {error}") from None
+        return replace(config, **overrides)
 
 
 class FastLlama(LongLlama):

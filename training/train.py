@@ -187,7 +187,7 @@ class Trainer:
         }
         state = self.read_checkpoint() if args.resume else None
         self.model = self._model(state)
-        check_vocabulary(args.tokenizer, self.corpus.tokenizer, self.model)
+        check_vocabulary(args.tokenizer, self.corpus.tokenizer, self.model.config)
         widest, window = max(phase.window for phase in self.recipe.phases), self.model.config.max_position_embeddings
         require(widest <= window, f"{args.recipe} has a window of {widest}, but max_position_embeddings is {window}")
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
