@@ -67,7 +67,8 @@ def run(args: argparse.Namespace):
     model, tokenizer = load(args.model, device, args.dtype, args.memory, **config)
     if args.compile:
         model.compile_layers()
-    cache = load_memory(args.load_memory, model) if args.load_memory else model.new_cache()
+    digest = tokenizer.digest
+    cache = load_memory(args.load_memory, model, tokenizer=digest) if args.load_memory else model.new_cache()
     if args.save_memory:
         check_kept(cache)  # before a long prompt is read
     ids = torch.tensor([tokenizer.encode(prompt, bos=not args.load_memory)], dtype=torch.long, device=device)
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace):
             if new == 0:
                 progress.close()
                 if args.save_memory:  # the cache holds the prompt and not yet this token
-                    save_memory(args.save_memory, cache, model)
+                    save_memory(args.save_memory, cache, model, digest)
             if new == args.max_new_tokens:
                 break
             new += 1

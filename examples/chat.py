@@ -166,10 +166,10 @@ class Conversation:
     def save(self, path: Path):
         check_new_file("/save", path)
         self.past = self.read(self.past, [])  # a saved memory has no unread ids; and both go on the same
-        save_memory(path, self.past.cache, self.model)
+        save_memory(path, self.past.cache, self.model, self.tokenizer.digest)
 
     def load(self, path: Path) -> Past:
-        cache = load_memory(path, self.model)
+        cache = load_memory(path, self.model, tokenizer=self.tokenizer.digest)
         if cache.batch_size not in (None, 1):
             raise ValueError(f"{path} is a memory of {cache.batch_size} texts, and a conversation is one")
         return Past(cache)

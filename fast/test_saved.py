@@ -145,6 +145,7 @@ def test_a_memory_of_another_model_or_of_other_settings_is_refused_by_name(tmp_p
         load_memory(path, small_model().to(torch.bfloat16))
     free = {
         "last_context_length": 3, "mem_topk": 4, "keep_local": 2, "mem_device": "cpu", "mem_attention_grouping": (1, 2),
+        "bos_token_id": 3, "eos_token_id": (4, 5), "pad_token_id": 6,
     }  # fmt: skip
     assert load_memory(path, small_model(**free)).memory_length == 22
 
