@@ -246,10 +246,6 @@ def saved(path: Path, model: FastLlama, **options) -> tuple[dict[str, Tensor], d
         return {key: file.get_tensor(key) for key in list(file.keys())}, json.loads(file.metadata()["longllama"])
 
 
-def wide(x: Tensor) -> Tensor:
-    return x.repeat(1, 1, 1, 2)
-
-
 BLOCKS = [f"{i}.memory.{kind}.0" for i in (1, 2) for kind in "kv"]
 SCALES = [f"{i}.memory.scale.{j}" for i in (1, 2) for j in range(2)]
 DAMAGES = {  # names of tensors, and what becomes of them
@@ -259,7 +255,8 @@ DAMAGES = {  # names of tensors, and what becomes of them
     "fewer heads": (["0.local.0"], lambda x: x[:, :2].clone()), "another dtype": (BLOCKS[:1], Tensor.double),
     "flat": (BLOCKS[:1], Tensor.flatten), "one number": (BLOCKS[:1], lambda x: x.flatten()[0].clone()),
     "no tokens": (BLOCKS, lambda x: x[:, :, :0].clone()), "no rows": ([*BLOCKS, *SCALES], lambda x: x[:0].clone()),
-    "twice as wide": (BLOCKS, wide), "another local context": (["1.local.2"], lambda x: x[:, :, 1:].clone()),
+    "twice as wide": (BLOCKS, lambda x: x.repeat(1, 1, 1, 2)),
+    "another local context": (["1.local.2"], lambda x: x[:, :, 1:].clone()),
     "one more": (["3.local.2", "5.local.0", "1.memory.k.1", "hello"], lambda x: torch.ones(1, 4, 8, 8)),
     "scales gone": (SCALES, None), "one scale gone": (SCALES[1:2], None),
     "a third": (["1.memory.scale.2"], lambda x: torch.ones(1, 4, 1, 1)),
