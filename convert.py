@@ -77,9 +77,11 @@ def load_bin(path: Path) -> dict[str, Tensor]:
 
 
 def is_weight(x) -> bool:
-    """Whether x is a tensor of numbers that lie in memory as they are, each of its own."""
+    """Whether x is a tensor of numbers that lie in memory as they are, each at a place of its own."""
     plain = isinstance(x, Tensor) and x.dtype in WEIGHT_DTYPES.values() and x.layout == torch.strided
-    return plain and not (x.is_meta or x.is_neg() or x.is_nested) and x.nbytes <= x.untyped_storage().nbytes()
+    if not plain or x.is_meta or x.is_neg() or x.is_nested:
+        return False
+    return x.numel() <= 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
 
 
 def load_pickled(path: Path):
@@ -96,7 +98,7 @@ def load_pickled(path: Path):
             raise
         said = "broken, or holds more than tensors, which is not loaded: get it again"
         raise ValueError(f"{path} is {instead(path, said)}") from None
-    require(fits, f"{path} is compressed, so its numbers cannot be read in place: get it as torch.save writes it")
+    require(fits, f"{path} is compressed, or its parts overlap: get it again, or write it again with torch.save")
     return loaded
 
 
@@ -137,7 +139,7 @@ def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None
 
 def texts_beside(source: Path, to_hf: bool) -> dict[str, str]:
     """The small files that go with the model in a folder, name -> text, those that are sound. to_hf: with a tokenizer_config.json
-    by which transformers gives our ids. Raises OSError or ValueError for a broken tokenizer."""
+    by which transformers gives our ids."""
     texts = {}
     for path in files_of(source, BESIDE):
         try:
@@ -146,13 +148,12 @@ def texts_beside(source: Path, to_hf: bool) -> dict[str, str]:
                 read_json(path)
             texts[path.name] = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            warn(f"{first_line(error)}; it is left out")
-    if not (source / "tokenizer.model").exists():
-        warn(f"{source} has no tokenizer.model, and other kinds of tokenizer are not used; generate.py will need one")
-        return texts
-    tokenizer = read_tokenizer(source)
-    ours = {"tokenizer_config.json": tokenizer_config(texts.get("tokenizer_config.json", "{}"), tokenizer)}
-    return texts | ours if to_hf else texts
+            warn(f"{path.name} is left out: {first_line(error)}")
+    if (source / "tokenizer.model").exists():
+        tokenizer, name = read_tokenizer(source), "tokenizer_config.json"  # which is refused here, if it is none
+        if to_hf:
+            texts[name] = tokenizer_config(texts.get(name, "{}"), tokenizer)
+    return texts
 
 
 def tokenizer_config(text: str, tokenizer: Tokenizer) -> str:
@@ -192,7 +193,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     weights = check_weights(config, weights, source)
     for text in unlike_its_config(source, config):
         warn(text)
-    texts = texts_beside(source, to_hf)
+    texts, tokenizer = texts_beside(source, to_hf), source / "tokenizer.model"
     saved = dtype or next(iter(weights.values()))[1]
     weights = {name: (shape, stored, partial(watched, name, read)) for name, (shape, stored, read) in weights.items()}
     with replacing_model(target) as made:
@@ -200,8 +201,12 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
         write_config(made / "config.json", config, saved, to_hf)
         for name, text in texts.items():
             (made / name).write_text(text, encoding="utf-8")
-        if (source / "tokenizer.model").exists():
-            shutil.copyfile(source / "tokenizer.model", made / "tokenizer.model")
+        if tokenizer.exists():
+            shutil.copyfile(tokenizer, made / tokenizer.name)
+        else:
+            warn(
+                f"{source} has no tokenizer.model, and other kinds of tokenizer are not used; generate.py will need one"
+            )
 
 
 def main():

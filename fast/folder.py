@@ -42,7 +42,7 @@ def check_folder(folder: Path):
     if folder.is_file():
         raise ValueError(f"{folder} is {instead(folder, 'a file: name the folder that a model is in')}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: name one made by convert.py, or a download")
+        raise FileNotFoundError(f"{folder} is not a folder: name one made by convert.py, or a download")
     config = folder / "config.json"
     if not config.is_file():
         check_finished(folder)

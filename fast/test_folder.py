@@ -181,7 +181,7 @@ def test_a_folder_that_holds_no_model_is_told_by_what_it_holds(files, said, tmp_
 
 def test_a_file_or_nothing_where_a_folder_should_be_is_told(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
-    for name, said in {"model.gguf": "is a GGUF file", "missing": "is no folder"}.items():
+    for name, said in {"model.gguf": "is a GGUF file", "missing": "is not a folder"}.items():
         with pytest.raises((OSError, ValueError), match=said):
             check_folder(tmp_path / name)
 
