@@ -35,6 +35,7 @@ from fast.files import (
     find_weights,
     gathered,
     instead,
+    is_finite,
     read_json,
     replacing,
     weight_files,
@@ -158,9 +159,9 @@ def texts_beside(source: Path, to_hf: bool) -> dict[str, str]:
 
 def tokenizer_config(text: str, tokenizer: Tokenizer) -> str:
     """A tokenizer_config.json, completed so that transformers gives the ids that `Tokenizer` gives, `<s>` in front. Without a
-    tokenizer_class it takes spaces as tokenizer.model says; its class for LLaMA does not."""
+    tokenizer_class it takes spaces as tokenizer.model says; its classes for LLaMA do not."""
     raw = {"legacy": True} | json.loads(text)
-    if raw.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+    if "Llama" in str(raw.get("tokenizer_class")):
         del raw["tokenizer_class"]
     for name, i in ("unk_token", tokenizer.sp.unk_id()), ("eos_token", tokenizer.eos_id):
         if raw.get(name) is None:
@@ -171,7 +172,7 @@ def tokenizer_config(text: str, tokenizer: Tokenizer) -> str:
 
 def watched(name: str, read: Callable[[], Tensor]) -> Tensor:
     x = read()
-    if not x.isfinite().all():
+    if not is_finite(x):
         warn(f"{name} has numbers that are not finite (NaN or infinity): logits will not be numbers either")
     return x
 

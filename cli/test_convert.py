@@ -446,6 +446,44 @@ def test_an_archive_that_is_packed_again_without_compression_is_read(tmp_path):
     assert all(torch.equal(x, right[name]) for name, x in load_file(tmp_path / "ours" / "model.safetensors").items())
 
 
+@pytest.mark.parametrize("layout", ["safetensors_sharded", "bin_sharded"])
+def test_shards_without_an_index_are_read_and_one_that_is_lost_is_named(layout, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    right = hf_llama(theirs).state_dict()
+    as_released(theirs, layout)
+    next(theirs.glob("*.index.json")).unlink()
+    assert run_convert("--input", theirs, "--output", tmp_path / "ours") == 0
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == right.keys() and all(torch.equal(x, right[name]) for name, x in ours.items())
+    lost = next(theirs.glob("*-00001-of-00002.*"))
+    lost.unlink()
+    capsys.readouterr()
+    assert run_convert("--input", theirs, "--output", tmp_path / "b") == 2
+    assert f"{lost.name} is missing" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"adapter_config.json": "{}"}, "holds an adapter"),
+        ({"params.json": "{}", "consolidated.00.pth": ""}, "Meta's own layout"),
+        ({"model.gguf": "GGUF"}, "GGUF"),
+        ({"config.json": "{}", "tokenizer.model": "version https://git-lfs.github.com/spec/v1"}, "git lfs pull"),
+        ({"config.json": "{}", "tokenizer.model": "<html>"}, "a web page"),
+        ({"config.json": "{}", "tokenizer.model": "IQ== 0\n"}, "Llama 3 has another kind"),
+        ({"config.json": "{}", "tokenizer.json": "{}"}, "has no tokenizer.model (its tokenizer.json"),
+        ({"config.json": "\ufeff{}"}, "byte-order mark"),
+        ({}, "has no config.json"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_model_of_ours_is_told_by_what_it_holds_when_it_is_loaded(files, said, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises((OSError, ValueError)) as raised:
+        load(tmp_path, torch.device("cpu"))
+    assert said in str(raised.value)
+
+
 def test_bin_files_of_before_torch_1_6_are_read(tmp_path):
     hf_llama(tmp_path / "theirs")
     as_released(tmp_path / "theirs", "bin")
@@ -572,7 +610,11 @@ def test_a_small_file_that_is_not_sound_is_left_out_with_a_warning(text, tmp_pat
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == names
 
 
-@pytest.mark.parametrize("config", [None, {}, TOKENIZER_CONFIG, {"add_eos_token": True, "bos_token": "</s>"}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [None, {}, TOKENIZER_CONFIG, {"tokenizer_class": "CodeLlamaTokenizer", "add_eos_token": True, "bos_token": "</s>"}],
+    ids=str,
+)
 @pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
 def test_transformers_makes_our_ids_of_a_folder_that_went_back(path, config, tmp_path):
     pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")

