@@ -4,61 +4,70 @@
     python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
 
 Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model. Going back, the
-weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept.
+weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept. Small files
+that transformers keeps beside them, as a chat template, come along both ways.
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
 tensors, and no file outside the input folder is opened.
 """
 
 import json
-import os
 import shutil
 import sys
-import tempfile
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from cli.ending import ending_well, out_of_memory
+from cli.ending import ending_well, first_line, out_of_memory, warn
 from cli.flags import parser_for
-from cli.loading import DTYPES
+from cli.loading import DTYPES, read_tokenizer, unlike_its_config, with_special_ids
 from fast import FastConfig
-from fast.files import WEIGHT_DTYPES, Weights, as_weights, find_weights, weight_files, write_safetensors
-from fast.model import check_weights
-from longllama import LongLlama, LongLlamaConfig
+from fast.files import (
+    WEIGHT_DTYPES,
+    Weights,
+    as_weights,
+    find_weights,
+    gathered,
+    instead,
+    is_finite,
+    read_json,
+    replacing,
+    weight_files,
+    write_safetensors,
+)
+from fast.folder import BESIDE, check_folder, files_of, replacing_model
+from fast.model import check_weights, untied
+from longllama import LongLlama, LongLlamaConfig, require
+from tokenizer import Tokenizer
+
+GENERATION = "generation_config.json"
+LARGEST_TEXT = 1 << 24  # bytes of a file that goes with a model: a config or a template
 
 
 def read_weights(folder: Path) -> Weights:
     """The tensors of a Hugging Face folder, of safetensors files if there are any. None is in memory until it is read."""
-    if any((folder / f"model.safetensors{ending}").is_file() for ending in ("", ".index.json")):
-        return dict(safetensors_weights(folder))
-    return dict(bin_weights(weight_files(folder, "pytorch_model.bin")))
-
-
-def safetensors_weights(folder: Path) -> Iterator:
-    def read(path: Path, name: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:  # opened for each tensor, so that the one before is let go
-            return file.get_tensor(name)
-
-    for name, (path, shape, dtype) in find_weights(folder).items():
-        yield name, (shape, dtype, partial(read, path, name))
-
-
-def bin_weights(paths: list[Path]) -> Iterator:
+    index, files = folder / "model.safetensors.index.json", weight_files(folder, "model.safetensors")
+    if index.is_file() or any(path.is_file() for path in files):
+        return find_weights(folder)
     load = lru_cache(maxsize=1)(load_bin)  # one shard at a time
-    for path in paths:
-        for name, tensor in load(path).items():
-            yield name, (list(tensor.shape), tensor.dtype, lambda path=path, name=name: load(path)[name])
+
+    def bin_weights(path: Path) -> Weights:
+        def read(name: str) -> Tensor:
+            return load(path)[name]
+
+        return {name: (list(x.shape), x.dtype, partial(read, name)) for name, x in load(path).items()}
+
+    return gathered(weight_files(folder, "pytorch_model.bin"), bin_weights)
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, mapped rather than read, without the rotary tables (they are computed here)."""
+    """The tensors of a .bin file, mapped rather than read."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: --input needs model.safetensors or pytorch_model.bin, or their shards"
@@ -66,21 +75,47 @@ def load_bin(path: Path) -> dict[str, Tensor]:
     tensors = load_pickled(path)
     if not isinstance(tensors, dict) or not all(isinstance(name, str) and is_weight(x) for name, x in tensors.items()):
         raise ValueError(f"{path} is not a dictionary of tensors of floating-point numbers")
-    return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: x.detach() for name, x in tensors.items()}
 
 
 def is_weight(x) -> bool:
-    return isinstance(x, Tensor) and x.dtype in WEIGHT_DTYPES.values() and x.layout == torch.strided and not x.is_meta
+    """Whether x is a tensor of numbers that lie in memory as they are, each at a place of its own."""
+    plain = isinstance(x, Tensor) and x.dtype in WEIGHT_DTYPES.values() and x.layout == torch.strided
+    if not plain or x.is_meta or x.is_neg() or x.is_nested:
+        return False
+    return x.numel() <= 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
 
 
 def load_pickled(path: Path):
     """What torch.save wrote, tensors mapped rather than read. Raises OSError, or ValueError for what could be code."""
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # which is how torch tells
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        fits = not zipped or is_stored(path)
+        with warnings.catch_warnings():  # of torch, about what is refused here anyway
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped) if fits else None
     except Exception as error:  # of many kinds, and torch advises to switch its guard off
         if (isinstance(error, OSError) and error.filename) or out_of_memory(error):  # a file cut short has no name
             raise
-        raise ValueError(f"{path} is broken, or holds more than tensors, which is not loaded: get it again") from None
+        said = "broken, or holds more than tensors, which is not loaded: get it again"
+        raise ValueError(f"{path} is {instead(path, said)}") from None
+    require(fits, f"{path} is compressed, or its parts overlap: get it again, or write it again with torch.save")
+    return loaded
+
+
+def is_stored(path: Path) -> bool:
+    """Whether the members of a zip file are bytes of it as they are, each its own. Packed ones that are mapped would be taken for
+    numbers, and unpacked, those of a small file can fill the memory. Raises an error for a broken file."""
+    with zipfile.ZipFile(path) as file:
+        members = file.infolist()
+        for member in members:
+            file.open(member).close()  # which refuses what is encrypted, or has another name where it lies
+    plain = all(x.compress_type == zipfile.ZIP_STORED and x.compress_size == x.file_size for x in members)
+    apart = sum(x.file_size for x in members) <= path.stat().st_size and len({x.filename for x in members}) == len(
+        members
+    )
+    return plain and apart
 
 
 def write_config(path: Path, config: LongLlamaConfig, dtype: torch.dtype, to_hf: bool = False):
@@ -88,47 +123,100 @@ def write_config(path: Path, config: LongLlamaConfig, dtype: torch.dtype, to_hf:
     names = ("LlamaForCausalLM", "llama") if to_hf else ("LongLlamaForCausalLM", "longllama")
     extra = {"architectures": names[:1], "model_type": names[1], "hidden_act": "silu"}
     text = json.dumps(extra | asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    with replacing(path) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")
 
 
-def save_pretrained(model: LongLlama, folder: str | Path):
-    """Writes config.json and model.safetensors, in the parameters' dtype. Raises OSError."""
+def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None = None):
+    """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer.model, in the place of the
+    model that is there, if any; None: its tokenizer stays. Raises OSError."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
-    write_config(folder / "config.json", model.config, model.norm.weight.dtype)
+    tokenizer = tokenizer or folder / "tokenizer.model"
+    with replacing_model(folder) as made:
+        write_safetensors(made / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
+        write_config(made / "config.json", model.config, model.norm.weight.dtype)
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, made / "tokenizer.model")
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
-    if not source.is_dir():
-        raise FileNotFoundError(f"--input {source} is not a folder")
+def texts_beside(source: Path, to_hf: bool) -> dict[str, str]:
+    """The small files that go with the model in a folder, name -> text, those that are sound. to_hf: with a tokenizer_config.json
+    by which transformers gives our ids."""
+    texts = {}
+    for path in files_of(source, BESIDE):
+        try:
+            require(path.stat().st_size <= LARGEST_TEXT, f"{path} is larger than {LARGEST_TEXT >> 20} MiB")
+            if path.suffix == ".json":
+                read_json(path)
+            texts[path.name] = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            warn(f"{path.name} is left out: {first_line(error)}")
+    if (source / "tokenizer.model").exists():
+        tokenizer, name = read_tokenizer(source), "tokenizer_config.json"  # which is refused here, if it is none
+        if to_hf:
+            texts[name] = tokenizer_config(texts.get(name, "{}"), tokenizer)
+    return texts
+
+
+def tokenizer_config(text: str, tokenizer: Tokenizer) -> str:
+    """A tokenizer_config.json, completed so that transformers gives the ids that `Tokenizer` gives, `<s>` in front. Without a
+    tokenizer_class it takes spaces as tokenizer.model says; its classes for LLaMA do not."""
+    raw = {"legacy": True} | json.loads(text)
+    if "Llama" in str(raw.get("tokenizer_class")):
+        del raw["tokenizer_class"]
+    for name, i in ("unk_token", tokenizer.sp.unk_id()), ("eos_token", tokenizer.eos_id):
+        if raw.get(name) is None:
+            raw[name] = tokenizer.sp.id_to_piece(i)
+    bos = {"bos_token": tokenizer.sp.id_to_piece(tokenizer.bos_id), "add_bos_token": True, "add_eos_token": False}
+    return json.dumps(raw | bos, indent=2)
+
+
+def watched(name: str, read: Callable[[], Tensor]) -> Tensor:
+    x = read()
+    if not is_finite(x):
+        warn(f"{name} has numbers that are not finite (NaN or infinity): logits will not be numbers either")
+    return x
+
+
+def check_folders(source: Path, target: Path, force: bool):
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"--output {target} is a file: name a folder")
     if target.exists() and any(target.iterdir()) and not force:
         raise FileExistsError(f"--output {target} is not empty: name another folder, or add --force")
     if target.exists() and target.samefile(source):
         raise ValueError("--output is the --input folder: name another one")
-    config = FastConfig.from_json(source / "config.json")
-    weights = read_weights(source)
-    wanted = check_weights(config, {name: shape for name, (shape, _, _) in weights.items()}, source)
-    weights = {name: weight for name, weight in weights.items() if name in wanted}  # not a copy of tied ones
+
+
+def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
+    check_folder(source)
+    check_folders(source, target, force)
+    config, weights = FastConfig.from_json(source / "config.json"), read_weights(source)
+    config = untied(config, weights)
+    weights = check_weights(config, weights, source)
+    for text in unlike_its_config(source, config):
+        warn(text)
+    texts, tokenizer = texts_beside(source, to_hf), source / "tokenizer.model"
+    if tokenizer.exists():
+        try:
+            config = with_special_ids(config, read_tokenizer(source), source)
+        except ValueError as error:  # one that the model was not made with; generate.py refuses it
+            warn(str(error))
+    if GENERATION in texts:  # which transformers, and we, believe more than config.json
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        texts[GENERATION] = json.dumps(json.loads(texts[GENERATION]) | ids, indent=2) + "\n"
     saved = dtype or next(iter(weights.values()))[1]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    disk = target if target.exists() else target.parent  # an existing target may be a mount point
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=disk) as name:
-        made = Path(name)
+    weights = {name: (shape, stored, partial(watched, name, read)) for name, (shape, stored, read) in weights.items()}
+    with replacing_model(target) as made:
         write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
         write_config(made / "config.json", config, saved, to_hf)
-        if (source / "tokenizer.model").is_file():
-            shutil.copyfile(source / "tokenizer.model", made / "tokenizer.model")
+        for name, text in texts.items():
+            (made / name).write_text(text, encoding="utf-8")
+        if tokenizer.exists():
+            shutil.copyfile(tokenizer, made / tokenizer.name)
         else:
-            print(f"convert.py: warning: {source} has no tokenizer.model; generate.py will need one", file=sys.stderr)
-        target.mkdir(exist_ok=True)
-        for file in ("tokenizer.model", "model.safetensors", "config.json"):  # the last makes the folder a model
-            if (made / file).is_file():
-                os.replace(made / file, target / file)
-            else:
-                (target / file).unlink(missing_ok=True)  # with --force: a tokenizer of what was there before
+            warn(
+                f"{source} has no tokenizer.model, and other kinds of tokenizer are not used; generate.py will need one"
+            )
 
 
 def main():

@@ -86,7 +86,7 @@ class LongLlamaConfig:
     @classmethod
     def from_json(cls, path: str | Path, **overrides):
         """Of transformers 4 or 5; ValueError for what is not supported."""
-        raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         raw |= rope | {"rope_type": rope.get("rope_type", rope.get("type"))}
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})

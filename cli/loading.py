@@ -11,7 +11,8 @@ import torch
 
 from cli.ending import warn
 from fast import FastConfig, FastLlama
-from fast.files import read_json
+from fast.files import instead, read_json, unread
+from fast.folder import check_folder
 from longllama import Cache, split_into_windows
 from tokenizer import Tokenizer
 
@@ -37,18 +38,40 @@ def load(
 ) -> tuple[FastLlama, Tokenizer]:
     """The model and the tokenizer in a folder. memory: FILE.py:CLASS. overrides: of the config; None is none. Raises OSError
     or ValueError."""
-    for name in ("config.json", "tokenizer.model"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"--model {folder} has no {name}: name a folder made by convert.py, or a download")
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    check_folder(folder)
+    tokenizer = read_tokenizer(folder)
     dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     config = with_special_ids(FastConfig.from_json(folder / "config.json"), tokenizer, folder)
     overrides |= {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     model = FastLlama.from_pretrained(folder, device, dtype, **overrides)
+    for text in unlike_its_config(folder, model.config):
+        warn(text)
     if memory is not None:
         model.use_memory(own_memory(memory))
     return model, tokenizer
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder. Raises OSError or ValueError."""
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        other = " (its tokenizer.json is another kind of file)" if (folder / "tokenizer.json").is_file() else ""
+        raise FileNotFoundError(f"{folder} has no tokenizer.model{other}: get it from where the model is from")
+    if kind := instead(path, ""):
+        raise ValueError(f"{path} is {kind}")
+    return Tokenizer(path)
+
+
+def unlike_its_config(folder: Path, config: FastConfig) -> Iterator[str]:
+    """What may surprise about the weights in a folder, that were read with this config."""
+    if read_json(folder / "config.json").get("tie_word_embeddings") and not config.tie_word_embeddings:
+        yield (
+            f"{folder}: config.json ties lm_head.weight to model.embed_tokens.weight, and they are two different matrices: "
+            "both are used"
+        )
+    if left := unread(folder):
+        yield f"{folder}: {', '.join(left[:3])} {'is' if len(left) == 1 else 'are'} no part of the weights, and not used"
 
 
 def own_memory(name: str) -> Callable:

@@ -3,21 +3,26 @@
 import contextlib
 import io
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import convert
-from cli.loading import TINY
+from cli.loading import TINY, load
 from cli.test_ending import ROOT, one_line, run_main
+from cli.test_tokenizer import PATHS as TOKENIZERS
+from cli.test_tokenizer import TEXTS
 from fast import FastConfig, FastLlama
 from fast.test_model import small_model
 from longllama import LongLlama, LongLlamaConfig
+from tokenizer import Tokenizer
 
 TESTDATA = ROOT / "testdata"
 
@@ -57,7 +62,7 @@ def as_released(folder: Path, layout: str):
     for part, file in zip(parts, files):
         save({name: source[name] for name in part}, folder / file)
     if len(parts) > 1:
-        index = {"weight_map": {name: file for part, file in zip(parts, files) for name in part}}
+        index = {"metadata": {}, "weight_map": {name: file for part, file in zip(parts, files) for name in part}}
         (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
 
 
@@ -87,7 +92,8 @@ def test_every_released_layout_converts_and_goes_back_to_transformers(layout, tm
     (theirs / "config.json").write_text(json.dumps(config))
     (theirs / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     assert run_convert("--input", theirs, "--output", ours) == 0
-    assert sorted(p.name for p in ours.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(p.name for p in ours.iterdir()) == files
     assert (ours / "tokenizer.model").read_bytes() == (TINY / "tokenizer.model").read_bytes()
     ids = torch.randint(97, (1, 40))
     for kind in (FastLlama, LongLlama):
@@ -135,12 +141,12 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path):
     seen = []
 
     def fail():
-        seen.extend(p.name for p in tmp_path.iterdir() if p.name != "theirs")
+        seen.extend(p.name for p in (tmp_path / "new" / "ours").iterdir())
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), AtTheThirdTensor(fail):
-        run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours")
-    assert len(seen) == 1 and seen[0].startswith(".ours.") and seen[0].endswith(".part")
+        run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "new" / "ours")
+    assert len(seen) == 1 and seen[0].startswith(".") and seen[0].endswith(".part")
     assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
 
 
@@ -182,18 +188,65 @@ def test_conversion_writes_on_the_disk_that_its_output_is_on(tmp_path):
         assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 0
     made = [name for name in seen if not name.startswith("theirs") and name != "ours"]
     assert made and all(name.startswith("ours/") for name in made)
-    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
+    left = sorted(path.name for path in (tmp_path / "ours").iterdir())
+    assert left == ["config.json", "generation_config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.model"])
-def test_the_config_which_makes_a_folder_a_model_is_written_last(file, tmp_path, capsys):
-    """Where another file cannot be put there, there is no config either."""
-    convert.save_pretrained(small_model(), tmp_path / "a")
-    (tmp_path / "a" / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.model", "tokenizer.json"])
+def test_a_folder_where_a_file_belongs_is_named_and_nothing_is_changed(file, tmp_path, capsys):
+    convert.save_pretrained(small_model(vocab_size=2048), tmp_path / "a", TINY / "tokenizer.model")
     (tmp_path / "b" / file / "a folder in its place").mkdir(parents=True)
     assert run_convert("--input", tmp_path / "a", "--output", tmp_path / "b", "--force") == 2
     assert file in one_line(capsys)
-    assert not (tmp_path / "b" / "config.json").exists()
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [file]
+
+
+def test_a_converted_model_is_not_mixed_with_what_was_there(tmp_path):
+    hf_llama(tmp_path / "old")
+    as_released(tmp_path / "old", "bin_sharded")
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "diary.txt",
+    ):
+        (tmp_path / "old" / name).write_text("{}")
+    convert.save_pretrained(small_model(), tmp_path / "new")
+    assert run_convert("--input", tmp_path / "new", "--output", tmp_path / "old", "--force") == 0
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == [
+        "config.json",
+        "diary.txt",
+        "model.safetensors",
+    ]
+
+
+def test_a_model_saved_over_another_takes_its_tokenizer_with_it_or_leaves_the_one_there(tmp_path):
+    tokenizer = (TINY / "tokenizer.model").read_bytes()
+    hf_llama(tmp_path)
+    for given in (TINY / "tokenizer.model", None, tmp_path / "tokenizer.model"):
+        convert.save_pretrained(small_model(), tmp_path, given)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.model",
+        ]
+        assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer
+
+
+def test_an_unfinished_folder_is_refused_and_says_where_the_former_model_is(tmp_path, capsys):
+    """As a kill leaves it when the new files are being moved in; fast/test_folder.py kills at every step."""
+    folder = tmp_path / "model"
+    convert.save_pretrained(small_model(), folder / ".before.part")
+    for args in (["--input", folder, "--output", tmp_path / "b"],):
+        assert run_convert(*args) == 2
+        assert f"is unfinished, since writing a model was interrupted: the former one is whole in {folder}" in one_line(
+            capsys
+        )
+    with pytest.raises(ValueError, match="is unfinished"):
+        FastLlama.from_pretrained(folder)
+    with pytest.raises(ValueError, match="is unfinished"):
+        load(folder, torch.device("cpu"))
 
 
 def test_conversion_refuses_a_folder_in_use_unless_forced(tmp_path, capsys):
@@ -270,17 +323,165 @@ def test_the_exploit_that_is_refused_would_have_worked(tmp_path, monkeypatch):
     assert Path("exploited").exists()
 
 
-@pytest.mark.parametrize("kind", ["sparse", "meta", "whole"])
+ODD = {
+    "sparse": Tensor.to_sparse,
+    "meta": lambda x: x.to("meta"),
+    "whole numbers": Tensor.int,
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    "complex": lambda x: x.to(torch.complex64).conj(),
+    "negated when read": lambda x: torch.complex(x, x).conj().imag,
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+    "one number, many times": lambda x: x[:1].expand(len(x)),
+    "numpy": Tensor.numpy,
+    "a list": lambda x: [x],
+    "nothing": lambda x: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns as it makes some of them
+@pytest.mark.parametrize("kind", ODD)
 def test_one_bad_tensor_among_all_is_refused(kind, tmp_path, capsys):
     hf_llama(tmp_path / "theirs")
     as_released(tmp_path / "theirs", "bin")
     file = tmp_path / "theirs" / "pytorch_model.bin"
     tensors = torch.load(file)
-    x = tensors["model.norm.weight"]
-    tensors["model.norm.weight"] = {"sparse": x.to_sparse, "whole": x.int, "meta": lambda: x.to("meta")}[kind]()
+    tensors["model.norm.weight"] = ODD[kind](tensors["model.norm.weight"])
     torch.save(tensors, file)
+    capsys.readouterr()
     assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 2
-    assert "is not a dictionary of tensors" in one_line(capsys) and not (tmp_path / "ours").exists()
+    said = "holds more than tensors" if kind == "numpy" else "is not a dictionary of tensors"
+    assert said in one_line(capsys) and not (tmp_path / "ours").exists()
+
+
+def test_parameters_and_matrices_that_lie_turned_are_read(tmp_path):
+    hf_llama(tmp_path / "theirs")
+    as_released(tmp_path / "theirs", "bin")
+    file = tmp_path / "theirs" / "pytorch_model.bin"
+    right = torch.load(file)
+    tensors = {name: torch.nn.Parameter(x.T.contiguous().T if x.dim() == 2 else x) for name, x in right.items()}
+    torch.save(tensors, file)
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 0
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert all(torch.equal(x, right[name]) for name, x in ours.items())
+
+
+class Claims:
+    """A tensor of a size and strides that its storage has not."""
+
+    def __init__(self, size: tuple, strides: tuple):
+        storage = torch.storage.TypedStorage(
+            wrap_storage=torch.ones(4).untyped_storage(), dtype=torch.float32, _internal=True
+        )
+        self.claim = storage, 0, size, strides, False, {}
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.claim
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("size", [(1000,), (2**48,), (2**70,), (-2,)])
+def test_a_tensor_that_claims_more_than_is_stored_is_refused(size, zipped, tmp_path, capsys):
+    hf_llama(tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    file = tmp_path / "theirs" / "pytorch_model.bin"
+    torch.save({"model.norm.weight": Claims(size, (1,))}, file, _use_new_zipfile_serialization=zipped)
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 2
+    assert one_line(capsys) and not (tmp_path / "ours").exists()
+
+
+def zip_again(path: Path, compression: int = zipfile.ZIP_STORED, change=None, more: bytes = b""):
+    """Packs a zip file again. change: of the bytes that it then has."""
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, data in (members | {f"{path.stem}/more": more}).items():
+            new.writestr(name, data)
+    path.write_bytes((change or bytes)(path.read_bytes()))
+
+
+def encrypted(data: bytes) -> bytes:
+    at = data.index(b"PK\1\2")  # of the first member in the directory: its flags are 8 bytes on
+    return data[: at + 8] + bytes([data[at + 8] | 1]) + data[at + 9 :]
+
+
+def overlapping(data: bytes) -> bytes:
+    """The first member is listed twice."""
+    first, end = data.index(b"PK\1\2"), data.rindex(b"PK\5\6")
+    entry = data[first : data.index(b"PK\1\2", first + 1)]
+    size = (end - first + len(entry)).to_bytes(4, "little")
+    return data[:end] + entry + data[end : end + 12] + size + data[end + 16 :]
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"compression": zipfile.ZIP_DEFLATED}, "is compressed"),
+        ({"compression": zipfile.ZIP_DEFLATED, "more": bytes(1 << 24)}, "is compressed"),
+        ({"compression": zipfile.ZIP_BZIP2}, "is compressed"),
+        ({"compression": zipfile.ZIP_LZMA}, "is compressed"),
+        ({"change": overlapping}, "is compressed"),
+        ({"change": encrypted}, "is broken"),
+        ({"change": lambda data: data[:-30]}, "is broken"),
+        ({"change": lambda data: data.replace(b"data.pkl", b"date.pkl", 1)}, "is broken"),
+    ],
+)  # fmt: skip
+def test_archives_whose_members_are_not_bytes_of_their_own_are_refused(how, said, tmp_path, capsys):
+    hf_llama(tmp_path / "theirs")
+    as_released(tmp_path / "theirs", "bin")
+    file = tmp_path / "theirs" / "pytorch_model.bin"
+    zip_again(file, **how)
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 2
+    assert f"pytorch_model.bin {said}" in one_line(capsys) and not (tmp_path / "ours").exists()
+
+
+def test_an_archive_that_is_packed_again_without_compression_is_read(tmp_path):
+    """So that the refusals above are of what was changed."""
+    hf_llama(tmp_path / "theirs")
+    as_released(tmp_path / "theirs", "bin")
+    right = torch.load(tmp_path / "theirs" / "pytorch_model.bin")
+    zip_again(tmp_path / "theirs" / "pytorch_model.bin")
+    assert run_convert("--input", tmp_path / "theirs", "--output", tmp_path / "ours") == 0
+    assert all(torch.equal(x, right[name]) for name, x in load_file(tmp_path / "ours" / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("layout", ["safetensors_sharded", "bin_sharded"])
+def test_shards_without_an_index_are_read_and_one_that_is_lost_is_named(layout, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    right = hf_llama(theirs).state_dict()
+    as_released(theirs, layout)
+    next(theirs.glob("*.index.json")).unlink()
+    assert run_convert("--input", theirs, "--output", tmp_path / "ours") == 0
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == right.keys() and all(torch.equal(x, right[name]) for name, x in ours.items())
+    lost = next(theirs.glob("*-00001-of-00002.*"))
+    lost.unlink()
+    capsys.readouterr()
+    assert run_convert("--input", theirs, "--output", tmp_path / "b") == 2
+    assert f"{lost.name} is missing" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"adapter_config.json": "{}"}, "holds an adapter"),
+        ({"params.json": "{}", "consolidated.00.pth": ""}, "Meta's own layout"),
+        ({"model.gguf": "GGUF"}, "GGUF"),
+        ({"config.json": "{}", "tokenizer.model": "version https://git-lfs.github.com/spec/v1"}, "git lfs pull"),
+        ({"config.json": "{}", "tokenizer.model": "<html>"}, "a web page"),
+        ({"config.json": "{}", "tokenizer.model": "IQ== 0\n"}, "Llama 3 has another kind"),
+        ({"config.json": "{}", "tokenizer.json": "{}"}, "has no tokenizer.model (its tokenizer.json"),
+        ({"config.json": "\ufeff{}"}, "byte-order mark"),
+        ({}, "has no config.json"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_model_of_ours_is_told_by_what_it_holds_when_it_is_loaded(files, said, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises((OSError, ValueError)) as raised:
+        load(tmp_path, torch.device("cpu"))
+    assert said in str(raised.value)
 
 
 def test_bin_files_of_before_torch_1_6_are_read(tmp_path):
@@ -306,6 +507,48 @@ def test_tied_weights_may_come_with_a_copy_which_is_not_converted(tmp_path):
     assert load_file(tmp_path / "b" / "model.safetensors").keys() == tensors.keys()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors_sharded", "bin", "bin_sharded"])
+@pytest.mark.parametrize("case", ["different", "equal", "head only"])
+def test_tied_weights_are_what_transformers_takes_them_for(case, layout, tmp_path, capsys):
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    hf_llama(theirs)
+    tensors = load_file(theirs / "model.safetensors")
+    if case != "different":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if case == "head only":
+        del tensors["model.embed_tokens.weight"]
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
+    as_released(theirs, layout)
+    ids = torch.randint(97, (1, 30))
+    right = LlamaForCausalLM.from_pretrained(theirs)(ids).logits
+    capsys.readouterr()
+    assert run_convert("--input", theirs, "--output", ours) == 0
+    warned = "config.json ties lm_head.weight to model.embed_tokens.weight, and they are two" in capsys.readouterr().err
+    assert run_convert("--input", ours, "--output", back, "--to-hf") == 0
+    assert warned == (case == "different")
+    assert json.loads((ours / "config.json").read_text())["tie_word_embeddings"] != warned
+    assert ("lm_head.weight" in load_file(ours / "model.safetensors")) == warned
+    for kind, folder in (LongLlama, ours), (FastLlama, ours), *[(FastLlama, theirs)] * layout.startswith("safetensors"):
+        assert (kind.from_pretrained(folder)(ids, last_context_length=30)[0] - right).abs().max() < 1e-4
+    assert (LlamaForCausalLM.from_pretrained(back)(ids).logits - right).abs().max() < 1e-4
+
+
+def test_loading_warns_of_matrices_that_are_not_tied_and_of_files_that_are_not_read(tmp_path, capsys):
+    convert.save_pretrained(small_model(vocab_size=2048), tmp_path, TINY / "tokenizer.model")
+    load(tmp_path, torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    model, _ = load(tmp_path, torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert "two different matrices: both are used" in said and not model.config.tie_word_embeddings
+    assert "model-00001-of-00002.safetensors is no part of the weights" in said and said.count("warning: ") == 2
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_conversion_keeps_the_dtype_and_makes_the_folders(dtype, tmp_path, capsys):
     new = tmp_path / "new" / "folder"
@@ -318,6 +561,92 @@ def test_conversion_keeps_the_dtype_and_makes_the_folders(dtype, tmp_path, capsy
         assert file.metadata() == {"format": "pt"}  # which transformers wants
     raw = json.loads((new / "config.json").read_text())
     assert (raw["torch_dtype"], raw["model_type"], raw["hidden_act"]) == (dtype, "longllama", "silu")
+
+
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": False,
+    "bos_token": None,
+    "model_max_length": 2048,
+}
+BESIDE = {
+    "generation_config.json": json.dumps({"eos_token_id": 2, "temperature": 0.6, "bos_token_id": 1}, indent=2) + "\n",
+    "tokenizer_config.json": json.dumps(TOKENIZER_CONFIG),
+    "special_tokens_map.json": json.dumps({"bos_token": "<s>"}),
+    "added_tokens.json": json.dumps({"<pad>": 2048}),
+    "chat_template.json": json.dumps({"chat_template": "x"}),
+    "chat_template.jinja": "{{ é }}",
+}
+
+
+def folder_with(folder: Path, files: dict[str, str]) -> Path:
+    convert.save_pretrained(small_model(vocab_size=2048), folder, TINY / "tokenizer.model")
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_small_files_that_go_with_a_model_come_along_both_ways(tmp_path):
+    a = folder_with(tmp_path / "a", BESIDE)
+    assert run_convert("--input", a, "--output", tmp_path / "b") == 0
+    assert run_convert("--input", tmp_path / "b", "--output", tmp_path / "c", "--to-hf") == 0
+    for name, text in BESIDE.items():
+        assert (tmp_path / "b" / name).read_text(encoding="utf-8") == text
+        assert name == "tokenizer_config.json" or (tmp_path / "c" / name).read_text(encoding="utf-8") == text
+    kept = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())
+    assert (kept["model_max_length"], kept["bos_token"], kept["add_bos_token"]) == (2048, "<s>", True)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "\ufeff{}", "[" * 100_000, '{"a": "' + "x" * (1 << 24) + '"}'], ids=lambda x: x[:2]
+)
+def test_a_small_file_that_is_not_sound_is_left_out_with_a_warning(text, tmp_path, capsys):
+    a = folder_with(tmp_path / "a", {"added_tokens.json": text, "special_tokens_map.json": "{}"})
+    (a / "chat_template.jinja").write_bytes(b"\xff")
+    assert run_convert("--input", a, "--output", tmp_path / "b") == 0
+    said = capsys.readouterr().err
+    assert said.count("is left out: ") == 2 and "added_tokens.json is" in said and "chat_template.jinja is" in said
+    names = ["config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.model"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    "config",
+    [None, {}, TOKENIZER_CONFIG, {"tokenizer_class": "CodeLlamaTokenizer", "add_eos_token": True, "bos_token": "</s>"}],
+    ids=str,
+)
+@pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
+def test_transformers_makes_our_ids_of_a_folder_that_went_back(path, config, tmp_path):
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
+    tokenizer = Tokenizer(path)
+    convert.save_pretrained(small_model(vocab_size=tokenizer.vocab_size), tmp_path / "a", path)
+    if config is not None:
+        (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert run_convert("--input", tmp_path / "a", "--output", tmp_path / "b", "--to-hf") == 0
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "b")
+    for text in [text for text in TEXTS if "<s>" not in text] + ["def f(x):\n    return x\n", " one", "a\tb", "a    b"]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text), text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\n", "IQ== 0\nIg== 1\n"])
+def test_a_tokenizer_that_is_none_is_refused_before_anything_is_written(text, tmp_path, capsys):
+    a = folder_with(tmp_path / "a", {"tokenizer.model": text})
+    assert run_convert("--input", a, "--output", tmp_path / "b") == 2
+    assert ("git lfs pull" if "git" in text else "Llama 3") in one_line(capsys) and not (tmp_path / "b").exists()
+
+
+def test_numbers_too_large_for_the_dtype_asked_for_are_refused_and_those_that_are_none_warned_of(tmp_path, capsys):
+    model = small_model()
+    model.norm.weight.data[2] = 90_000
+    model.layers[1].down_proj.weight.data[0, 0] = torch.nan
+    convert.save_pretrained(model, tmp_path / "a")
+    assert run_convert("--input", tmp_path / "a", "--output", tmp_path / "b", "--dtype", "float16") == 2
+    *_, said = capsys.readouterr().err.splitlines()
+    assert "error: model.norm.weight has numbers too large" in said and "--dtype bfloat16" in said
+    assert not (tmp_path / "b").exists()
+    assert run_convert("--input", tmp_path / "a", "--output", tmp_path / "b", "--dtype", "bfloat16") == 0
+    assert "model.layers.1.mlp.down_proj.weight has numbers that are not finite" in capsys.readouterr().err
 
 
 def test_conversion_is_refused_onto_its_input_and_onto_a_file_also_if_forced(tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_ids_of_another_tokenizer_are_its_own(tmp_path, capsys):
         ({"config": {"eos_token_id": [2, 2048]}}, "config.json: eos_token_id"),
         ({"generation_config": {"eos_token_id": 2.0}}, "generation_config.json: eos_token_id"),
         ({"generation_config": {"eos_token_id": [2, -1]}}, "generation_config.json: eos_token_id"),
-        ({"generation_config": [2]}, "generation_config.json: must be a JSON object"),
+        ({"generation_config": [2]}, "generation_config.json is broken: it is no JSON object"),
     ],
 )
 def test_ids_that_are_none_of_the_model_are_refused_by_the_file_that_has_them(files, named, tmp_path):

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,50 +25,126 @@ NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {torch.float8_e
 Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
 
 
+STARTS = {  # what may lie under the name of a model's file, by its first bytes
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned",
+    b"<!doctype html": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
+    b"gguf": "a GGUF file, for llama.cpp: get the model in Hugging Face's layout",
+    b"\x1f\x8b": "packed by gzip: unpack it",
+    b"\xef\xbb\xbf": "text with a byte-order mark: save it as UTF-8 without one",
+    b"\xff\xfe": "text in UTF-16: save it as UTF-8",
+}
+
+
+def instead(path: Path, otherwise: str) -> str:
+    """What a file that could not be read is, with a remedy, by its first bytes; or else what the caller says."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    return next((kind for first, kind in STARTS.items() if start.startswith(first)), otherwise)
+
+
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises OSError, and ValueError by the file's name."""
+    """The JSON object in a file. Raises OSError or ValueError."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
-        require(isinstance(raw, dict), "must be a JSON object")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        require(isinstance(raw, dict), "it is no JSON object")
     except (ValueError, RecursionError) as error:  # broken JSON is a ValueError, if it is not nested too deep
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path} is {instead(path, f'broken: {error}')}") from None
     return raw
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """The file of weights in a Hugging Face folder, or else the shards that its index names. They must lie beside it."""
-    whole, index = folder / name, folder / f"{name}.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole]
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [shard for shard in shards if Path(shard).name != shard]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f"{index} is broken: it must have a weight_map of tensor names to file names") from None
-    require(not outside, f"{index} names a file outside of its folder, which is not followed: {outside[:1]}")
-    return [folder / shard for shard in shards]
+def weight_files(folder: Path, name: str) -> dict[Path, set[str] | None]:
+    """The file of weights in a Hugging Face folder, or else its shards, with the names of the tensors that an index has in each.
+    Shards must lie beside their index; without one, they are known by their names."""
+    whole, index, (stem, kind) = folder / name, folder / f"{name}.index.json", name.split(".")
+    if whole.is_file():
+        return {whole: None}
+    if index.is_file():
+        return indexed(index)
+    counts = sorted({path.stem[-5:] for path in folder.glob(f"{stem}-{'[0-9]' * 5}-of-{'[0-9]' * 5}.{kind}")})
+    require(len(counts) <= 1, f"{folder} has shards of {' and of '.join(counts)}: keep those of one model")
+    names = [f"{stem}-{i + 1:05}-of-{count}.{kind}" for count in counts for i in range(int(count))]
+    return {folder / shard: None for shard in names or [name]}
 
 
-def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], torch.dtype]]:
-    """Name -> (file, shape, dtype) of the tensors in model.safetensors, or its shards; none is read."""
+def indexed(index: Path) -> dict[Path, set[str]]:
+    shards, weight_map = {}, read_json(index).get("weight_map")
+    fits = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values()) and weight_map
+    require(bool(fits), f"{index} is broken: it must have a weight_map of tensor names to file names")
+    for tensor, shard in weight_map.items():
+        require(
+            Path(shard).name == shard, f"{index} names a file outside of its folder, which is not followed: {shard}"
+        )
+        shards.setdefault(index.parent / shard, set()).add(tensor)
+    return dict(sorted(shards.items()))
+
+
+def is_computed(name: str) -> bool:
+    """Whether a tensor is a rotary table, which is computed here."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def gathered(files: dict[Path, set[str] | None], read: Callable[[Path], Weights]) -> Weights:
+    """The tensors of `weight_files`, without the rotary tables. Raises ValueError where it is not clear which are the model's."""
     found = {}
-    for path in weight_files(folder, "model.safetensors"):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: get it, or run convert.py if the weights are pytorch_model.bin files"
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in sorted(file.keys()):
-                    part = file.get_slice(name)
-                    known = part.get_dtype() in WEIGHT_DTYPES  # and not whole numbers, say, that would need a scale
-                    require(
-                        known, f"{path}: {name} is {part.get_dtype()}, which is not one of {', '.join(WEIGHT_DTYPES)}"
-                    )
-                    found[name] = path, part.get_shape(), WEIGHT_DTYPES[part.get_dtype()]
-        except SafetensorError as error:
-            raise ValueError(f"{path} is broken or cut short ({error}): get it again") from None
-    return {name: at for name, at in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    for path, names in files.items():
+        part = {name: weight for name, weight in read(path).items() if not is_computed(name)}
+        differ = sorted(part.keys() ^ {name for name in names if not is_computed(name)}) if names is not None else []
+        require(not differ, f"{path} has not the tensors that its index names, see {differ[:3]}: get both again")
+        twice = sorted(part.keys() & found)
+        require(not twice, f"{path} has tensors that another shard has too, see {twice[:3]}: get them again")
+        found |= part
+    return found
+
+
+def find_weights(folder: Path) -> Weights:
+    """The tensors in model.safetensors, or its shards; none is read."""
+    return gathered(weight_files(folder, "model.safetensors"), safetensors_weights)
+
+
+def safetensors_weights(path: Path) -> Weights:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: get it, or run convert.py if the weights are pytorch_model.bin files"
+        )
+    found = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                part = file.get_slice(name)
+                known = part.get_dtype() in WEIGHT_DTYPES  # and not whole numbers, say, that would need a scale
+                require(known, f"{path}: {name} is {part.get_dtype()}, which is not one of {', '.join(WEIGHT_DTYPES)}")
+                found[name] = part.get_shape(), WEIGHT_DTYPES[part.get_dtype()], partial(read_tensor, path, name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is {instead(path, f'broken or cut short ({error}): get it again')}") from None
+    return found
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:  # opened for each tensor, so that the one before is let go
+        return file.get_tensor(name)
+
+
+def unread(folder: Path) -> list[str]:
+    """Names of safetensors files of a model that lie beside its weights, and are no part of them: what an earlier model or an
+    adapter left."""
+    files = weight_files(folder, "model.safetensors")
+    beside = [*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]
+    return sorted(path.name for path in beside if path not in files)
+
+
+def is_finite(x: Tensor) -> bool:
+    return x.numel() == 0 or all(end.isfinite() for end in x.aminmax())  # 30 times as fast as to look at each
+
+
+def narrowed(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype. Raises ValueError for numbers that are too large for it."""
+    out = x.to(dtype)
+    if dtype != x.dtype and not is_finite(out):
+        wider = "bfloat16 or float32" if dtype == torch.float16 else "a wider one"
+        fits = not (out.isinf() & x.isfinite()).any()
+        require(bool(fits), f"{name} has numbers too large for {dtype}: choose --dtype {wider}")
+    return out
 
 
 @contextmanager
@@ -111,7 +188,8 @@ def check_writable(path: Path, nbytes: int = 0):
 
 
 def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dtype: torch.dtype | None = None):
-    """Writes a safetensors file, in dtype or as the weights are, whole or not at all. Raises OSError.
+    """Writes a safetensors file, in dtype or as the weights are, whole or not at all. Raises OSError, and ValueError for
+    numbers too large for dtype.
 
     Tensor by tensor (safetensors' own writer wants all in memory at once): an 8-byte header length, a JSON header, the data.
     """
@@ -125,8 +203,8 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dt
     text += b" " * (-len(text) % 8)
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, (_, stored, read) in ordered:
-            file.write(read().to(dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
+        for name, (_, stored, read) in ordered:
+            file.write(narrowed(name, read(), dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def as_weights(tensors: dict[str, Tensor]) -> Weights:

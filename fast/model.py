@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fast.context import FastContext
-from fast.files import find_weights, read_json
+from fast.files import Weights, find_weights, narrowed, read_json
+from fast.folder import check_folder
 from fast.linear import LIMITS, Limits, use_fast_linear
 from fast.memory import FastMemory
 from fast.steps import Steps, captured, compile_blocks, compile_step, compiled, join
@@ -197,31 +197,51 @@ class FastLlama(LongLlama):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device="cpu", dtype=torch.float32, **config_overrides) -> "FastLlama":
-        """As LongLlama's; the weights may be Hugging Face's shards. Raises FileNotFoundError or ValueError, naming the file, the
-        field or the tensor, before it takes memory for them."""
-        config = cls.config_class.from_json(Path(folder) / "config.json", **config_overrides)
-        check_weights(config, {name: shape for name, (_, shape, _) in find_weights(Path(folder)).items()}, Path(folder))
-        return super().from_pretrained(folder, device, dtype, **config_overrides)
+        """As LongLlama's; the weights may be Hugging Face's shards, and what config.json ties may be `untied`. Raises
+        FileNotFoundError or ValueError, naming the file, the field or the tensor, before it takes memory for them."""
+        folder = Path(folder)
+        check_folder(folder)
+        config = cls.config_class.from_json(folder / "config.json", **config_overrides)
+        weights = find_weights(folder)
+        config = untied(config, weights)
+        check_weights(config, weights, folder)
+        tied = {"tie_word_embeddings": config.tie_word_embeddings}
+        return super().from_pretrained(folder, device, dtype, **config_overrides | tied)
 
     @torch.no_grad()
     def load(self, folder: Path):
         self.tie_weights()
-        found, device = find_weights(folder), str(self.norm.weight.device)
+        weights = check_weights(self.config, find_weights(folder), folder)
         for name, tensor in self.hf_tensors().items():
-            with safe_open(found[name][0], framework="pt", device=device) as file:
-                tensor.copy_(file.get_tensor(name))
+            _, _, read = weights[name]
+            tensor.copy_(narrowed(name, read(), tensor.dtype))
 
 
-def check_weights(config: LongLlamaConfig, found: dict[str, list[int]], where: Path) -> list[str]:
-    """The names of a model's weights. Raises ValueError where the tensors found, name -> shape, are not those of the model."""
-    layers = config.num_hidden_layers
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def untied(config: LongLlamaConfig, found: Weights) -> LongLlamaConfig:
+    """The config of a model with these weights. Where it ties the head to the embedding, and they are two different matrices,
+    both are the model's, as in transformers. Reads the two."""
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= found.keys():
+        (*shape, read), (*head_shape, read_head) = found[EMBEDDING], found[HEAD]
+        if shape != head_shape or not torch.equal(read(), read_head()):
+            return replace(config, tie_word_embeddings=False)
+    return config
+
+
+def check_weights(config: LongLlamaConfig, found: Weights, where: Path) -> Weights:
+    """A model's weights by their names; a tied matrix may have either name, or both. Raises ValueError where the tensors found
+    are not those of the model."""
+    if config.tie_word_embeddings and HEAD in found:
+        found = {EMBEDDING: found[HEAD]} | {name: weight for name, weight in found.items() if name != HEAD}
+    layers, shapes = config.num_hidden_layers, {name: shape for name, (shape, _, _) in found.items()}
     require(
         layers <= len(found), f"{where}: config.json has {layers} layers, and there are {len(found)} tensors in all"
     )
     with torch.device("meta"):
         right = {name: list(tensor.shape) for name, tensor in LongLlama(config).hf_tensors().items()}
-    names = (found.keys() | right) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    wrong = sorted(name for name in names if found.get(name) != right.get(name))
-    listed = [f"{name} is {found.get(name, 'missing')}, not {right.get(name, 'expected')}" for name in wrong[:3]]
+    wrong = sorted(name for name in shapes.keys() | right if shapes.get(name) != right.get(name))
+    listed = [f"{name} is {shapes.get(name, 'missing')}, not {right.get(name, 'expected')}" for name in wrong[:3]]
     require(not wrong, f"{where}: weights and config.json differ in {len(wrong)} tensors: {'; '.join(listed)}")
-    return list(right)
+    return found

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fast.files import as_weights, find_weights, replacing, weight_files, write_safetensors
+from fast.files import as_weights, find_weights, replacing, unread, weight_files, write_safetensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -58,17 +58,30 @@ def test_weights_are_found_in_a_file_or_in_the_shards_of_an_index(tmp_path):
     save_file(a, tmp_path / "1.safetensors")
     save_file(b, tmp_path / "2.safetensors")
     shards(tmp_path, {"x": "1.safetensors", "y": "2.safetensors", "layer.rotary_emb.inv_freq": "2.safetensors"})
-    assert find_weights(tmp_path) == {
-        "x": (tmp_path / "1.safetensors", [2, 3], torch.float32),
-        "y": (tmp_path / "2.safetensors", [4], torch.float16),
+    found = find_weights(tmp_path)
+    assert {name: weight[:2] for name, weight in found.items()} == {
+        "x": ([2, 3], torch.float32),
+        "y": ([4], torch.float16),
     }
-    save_file(a, tmp_path / "model.safetensors")  # an index beside a whole file is an old one
-    assert find_weights(tmp_path) == {"x": (tmp_path / "model.safetensors", [2, 3], torch.float32)}
+    assert all(torch.equal(found[name][2](), x) for name, x in {"x": a["x"], "y": b["y"]}.items())
+    save_file({"x": torch.zeros(5)}, tmp_path / "model.safetensors")  # an index beside a whole file is an old one
+    assert [weight[0] for weight in find_weights(tmp_path).values()] == [[5]]
 
 
 @pytest.mark.parametrize(
     "index",
-    [{}, [], {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": ["b"]}}, {"weight_map": None}, 3],
+    [
+        {},
+        [],
+        {"weight_map": {}},
+        {"weight_map": []},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": ["b"]}},
+        {"weight_map": None},
+        {"weight_map": {"a": 2**70}},
+        {"weight_map": {"a": float("nan")}},
+        3,
+    ],
     ids=str,
 )
 def test_an_index_that_names_no_files_is_refused(index, tmp_path):
@@ -96,6 +109,89 @@ def test_an_index_that_names_a_file_outside_of_its_folder_is_not_followed(name, 
         weight_files(folder, "model.safetensors")
     with pytest.raises(ValueError, match="outside"):
         find_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [{"x": "1", "y": "1"}, {"x": "2", "y": "1"}, {"x": "1", "y": "2", "z": "2"}, {"x": "1"}, {"y": "2"}],
+    ids=str,
+)
+def test_shards_that_hold_not_what_their_index_names_are_refused(weight_map, tmp_path):
+    for shard, name in ("1", "x"), ("2", "y"):
+        save_file({name: torch.ones(2)}, tmp_path / f"{shard}.safetensors")
+    if len(weight_map) == 1:  # a shard has a tensor more
+        save_file({"x": torch.ones(2), "y": torch.ones(2)}, tmp_path / f"{next(iter(weight_map.values()))}.safetensors")
+    shards(tmp_path, {name: f"{shard}.safetensors" for name, shard in weight_map.items()})
+    with pytest.raises(ValueError, match=r"safetensors has not the tensors that its index names, see \['[xyz]'"):
+        find_weights(tmp_path)
+
+
+def test_shards_are_found_without_an_index_when_all_are_there(tmp_path):
+    names = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    for name, tensor in zip(names, "xyz"):
+        save_file({tensor: torch.ones(2)}, tmp_path / name)
+    assert find_weights(tmp_path).keys() == {*"xyz"}
+    (tmp_path / names[1]).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"{names[1]} is missing"):
+        find_weights(tmp_path)
+    save_file({"z": torch.zeros(2)}, tmp_path / names[1])
+    with pytest.raises(
+        ValueError, match=r"model-00003-of-00003.safetensors has tensors that another shard has too, see \['z'\]"
+    ):
+        find_weights(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match="has shards of 00002 and of 00003"):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, left",
+    [
+        (["model.safetensors"], []),
+        (["model.safetensors", "memory.safetensors", "pytorch_model.bin", "book.txt"], []),
+        (["model.safetensors", "model-00001-of-00001.safetensors"], ["model-00001-of-00001.safetensors"]),
+        (["model-00001-of-00001.safetensors", "adapter_model.safetensors"], ["adapter_model.safetensors"]),
+    ],
+)
+def test_files_of_weights_that_are_no_part_of_the_model_are_found(names, left, tmp_path):
+    for name in names:
+        (tmp_path / name).touch()
+    assert unread(tmp_path) == left
+
+
+@pytest.mark.parametrize(
+    "start, said",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer, .*git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><head>", "is a web page"), (b"<HTML>", "is a web page"),
+        (b"GGUF\3\0\0\0", "is a GGUF file"), (b"\x1f\x8b\x08\0", "is packed by gzip"), (b"what", "is broken or cut short"),
+    ],
+)  # fmt: skip
+def test_what_lies_under_the_name_of_a_file_of_weights_is_told(start, said, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(start + bytes(100))
+    with pytest.raises(ValueError, match=f"model.safetensors {said}"):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value, stored, dtype",
+    [
+        (90_000.0, torch.float32, torch.float16), (-1e38, torch.bfloat16, torch.float16), (1e39, torch.float64, torch.float32),
+        (3.4e38, torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_a_dtype_cannot_hold_are_refused_by_name_and_leave_nothing(value, stored, dtype, tmp_path):
+    tensors = {"fine": torch.ones(3, dtype=stored), "large": torch.tensor([1, value], dtype=stored)}
+    with pytest.raises(ValueError, match=f"large has numbers too large for {dtype}: choose --dtype"):
+        write_safetensors(tmp_path / "file", as_weights(tensors), {}, dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_infinity_that_was_there_stays(tmp_path):
+    there = torch.tensor([1, torch.inf, -torch.inf, torch.nan])
+    write_safetensors(tmp_path / "file", as_weights({"x": there}), {}, torch.float16)
+    assert torch.equal(load_file(tmp_path / "file")["x"].float().nan_to_num(7), there.nan_to_num(7))
 
 
 def test_weights_that_are_missing_or_cut_short_or_of_whole_numbers_are_refused_by_name(tmp_path):

@@ -447,7 +447,7 @@ def test_impossible_overrides_are_refused_by_name(changes, tmp_path):
 def test_json_that_is_broken_or_no_object_or_nested_too_deep_is_refused(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="config.json: "):
+    with pytest.raises(ValueError, match="config.json is broken: "):
         FastConfig.from_json(path)
 
 
@@ -548,6 +548,44 @@ def test_tied_weights_may_come_with_a_copy_and_stay_tied(tmp_path):
         again = FastLlama.from_pretrained(tmp_path)
         assert again.lm_head.weight is again.embed_tokens.weight
         assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", ["other numbers", "another dtype"])
+def test_two_different_matrices_are_not_tied_whatever_the_config_says(other, tmp_path):
+    model = small_model()
+    write_config(tmp_path / "config.json", model.config, tie_word_embeddings=True)
+    tensors = {name: x.clone() for name, x in model.hf_tensors().items()}
+    if other == "another dtype":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].half()
+    save_file(tensors, tmp_path / "model.safetensors")
+    again, ids = FastLlama.from_pretrained(tmp_path), torch.arange(20)[None]
+    assert not again.config.tie_word_embeddings
+    model.lm_head.weight.copy_(tensors["lm_head.weight"])
+    assert torch.equal(again(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_one_tied_matrix_may_have_the_name_of_the_head(sharded, tmp_path):
+    model = small_model(tie_word_embeddings=True)
+    write_config(tmp_path / "config.json", model.config)
+    tensors = {name: x.clone() for name, x in model.hf_tensors().items()}
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    if sharded:
+        shard(tmp_path)
+    again = FastLlama.from_pretrained(tmp_path)
+    assert again.config.tie_word_embeddings and again.lm_head.weight is again.embed_tokens.weight
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_weights_too_large_for_the_dtype_they_are_read_in_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 90_000
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight has numbers too large for torch.float16: choose --dtype"):
+        FastLlama.from_pretrained(folder, dtype=torch.float16)
+    assert FastLlama.from_pretrained(folder, dtype=torch.bfloat16).norm.weight[3] == torch.tensor(90_000.0).bfloat16()
 
 
 def test_overrides_and_dtypes_are_taken():
