@@ -24,7 +24,6 @@ NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {torch.float8_e
 
 Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
 
-
 STARTS = {  # what may lie under the name of a model's file, by its first bytes
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned",
     b"<!doctype html": "a web page: download the file itself",
