@@ -11,6 +11,7 @@
 | steps.py | compiled layers, and steps of one token as a CUDA graph |
 | saved.py | a memory in a file |
 | files.py | finding and writing files of tensors |
+| folder.py | what a folder is that holds no model; one model in the place of another, as a whole |
 """
 
 from fast.context import FastContext

@@ -24,7 +24,6 @@ NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {torch.float8_e
 
 Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
 
-
 STARTS = {  # what may lie under the name of a model's file, by its first bytes
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned",
     b"<!doctype html": "a web page: download the file itself",
@@ -137,14 +136,13 @@ def is_finite(x: Tensor) -> bool:
     return x.numel() == 0 or all(end.isfinite() for end in x.aminmax())  # 30 times as fast as to look at each
 
 
-def narrowed(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in dtype. Raises ValueError for numbers that are too large for it."""
-    out = x.to(dtype)
-    if dtype != x.dtype and not is_finite(out):
+def check_fits(name: str, x: Tensor, dtype: torch.dtype):
+    """Raises ValueError where finite numbers of x would be infinite in dtype."""
+    if dtype != x.dtype and torch.finfo(dtype).max < torch.finfo(x.dtype).max:
+        suspects = torch.stack(x.aminmax()) if is_finite(x) and x.numel() else x[x.isfinite()]
         wider = "bfloat16 or float32" if dtype == torch.float16 else "a wider one"
-        fits = not (out.isinf() & x.isfinite()).any()
-        require(bool(fits), f"{name} has numbers too large for {dtype}: choose --dtype {wider}")
-    return out
+        fits = not suspects.to(dtype).isinf().any()
+        require(fits, f"{name} has numbers too large for {dtype}: choose --dtype {wider}")
 
 
 @contextmanager
@@ -204,7 +202,9 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dt
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (_, stored, read) in ordered:
-            file.write(narrowed(name, read(), dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
+            x = read()
+            check_fits(name, x, dtype or stored)
+            file.write(x.to(dtype or stored).cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def as_weights(tensors: dict[str, Tensor]) -> Weights:

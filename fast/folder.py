@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fast.files import instead, read_json
+from longllama import require
 
 # Small files that go with a model, which transformers reads.
 BESIDE = (
@@ -19,12 +20,13 @@ WEIGHTS = (
 )  # fmt: skip
 MODEL = ("config.json", "tokenizer.model", "tokenizer.json", *BESIDE, *WEIGHTS)
 
+METAS = "is a model in Meta's own layout: get it in Hugging Face's layout, whose names often end in -hf"
 OTHERS = {  # a file in a folder without a model in Hugging Face's layout -> what that folder is
     "adapter_config.json": "holds an adapter, not a model: merge it into its model with peft's merge_and_unload, and save that",
     "*.gguf": "holds GGUF files, for llama.cpp: get the model in Hugging Face's layout",
-    "params.json": "is a model in Meta's own layout: get it in Hugging Face's layout, whose names often end in -hf",
-    "consolidated.*": "is a model in Meta's own layout: get it in Hugging Face's layout, whose names often end in -hf",
-}  # fmt: skip
+    "params.json": METAS,
+    "consolidated.*": METAS,
+}
 
 # Folders in a folder that a model is being written to: the files of the new one, of the old one while they are moved there, and
 # of the old one when all are there. The last is renamed from the one before it, so that no name ever says what is not so.
@@ -46,9 +48,9 @@ def check_folder(folder: Path):
     config = folder / "config.json"
     if not config.is_file():
         check_finished(folder)
-    for pattern, kind in OTHERS.items():
-        if not (config.is_file() and files_of(folder, WEIGHTS)) and files_of(folder, (pattern,)):
-            raise ValueError(f"{folder} {kind}")
+    if not (config.is_file() and files_of(folder, WEIGHTS)):
+        for pattern, kind in OTHERS.items():
+            require(not files_of(folder, (pattern,)), f"{folder} {kind}")
     if not config.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: name a folder made by convert.py, or a download")
     read_json(config)
@@ -56,7 +58,7 @@ def check_folder(folder: Path):
 
 def check_finished(folder: Path):
     """Raises ValueError for a folder without config.json where `replacing_model` was killed."""
-    again = "write the new one again, with convert.py --force"
+    again = "write the new one again (convert.py: with --force)"
     remedies = {
         BEFORE: f"the former one is whole in {folder / BEFORE}: use it there, or {again}",
         LEAVING: f"to have the former one, move the files in {folder / LEAVING} back into {folder}, or {again}",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fast.context import FastContext
-from fast.files import Weights, find_weights, narrowed, read_json
+from fast.files import Weights, check_fits, find_weights, read_json
 from fast.folder import check_folder
 from fast.linear import LIMITS, Limits, use_fast_linear
 from fast.memory import FastMemory
@@ -214,7 +214,9 @@ class FastLlama(LongLlama):
         weights = check_weights(self.config, find_weights(folder), folder)
         for name, tensor in self.hf_tensors().items():
             _, _, read = weights[name]
-            tensor.copy_(narrowed(name, read(), tensor.dtype))
+            stored = read()
+            check_fits(name, stored, tensor.dtype)
+            tensor.copy_(stored)
 
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
