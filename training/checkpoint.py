@@ -34,7 +34,7 @@ def read_checkpoint(path: Path) -> tuple[dict, FastConfig]:
     try:
         json.dumps(state["config"])  # refuses tensors, which compare with nothing
         config = FastConfig(**state["config"])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: config: {first_line(error)}") from None
     require(
         config.num_hidden_layers <= len(state["model"]), f"{path}: model has fewer weights than its config has layers"

@@ -9,13 +9,25 @@ from cli.texts import KEY, QUESTION
 from longllama import require
 from tokenizer import SPACE, StreamDecoder, Tokenizer
 
-__all__ = ["GRASS", "INTRO", "KEY", "QUESTION", "STEPS", "answers", "prompt_ids", "question_and_answer", "random_key"]
+__all__ = [
+    "GRASS",
+    "INTRO",
+    "KEY",
+    "MOST_TRIALS",
+    "QUESTION",
+    "STEPS",
+    "answers",
+    "prompt_ids",
+    "question_and_answer",
+    "random_key",
+]
 
 INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there."
 )
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+MOST_TRIALS = 1 << 20
 STEPS = 7  # tokens that say a key, by any tokenizer: at most a space, five digits, and what shows that no sixth follows
 
 
