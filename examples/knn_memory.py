@@ -34,7 +34,7 @@ from fast import FastConfig, FastLlama, FastMemory
 from fast.attention import attend, fold
 from longllama import Attended, Cache, require
 from tokenizer import Tokenizer
-from training.tasks import prompt_ids
+from training.tasks import MOST_TRIALS, STEPS, answers, prompt_ids, random_key
 
 INDEXES = ("flat", "hnsw", "ivf")
 LINKS = 32  # of a token in HNSW's graph
@@ -194,37 +194,38 @@ class Answer:
     recall: float
 
 
-def ask(model: FastLlama, ids: Tensor, key: list[int], cache: Cache) -> Answer:
-    """Reads a prompt (1, T), and compares what greedy decoding continues it with to the key's tokens."""
+def ask(model: FastLlama, tokenizer: Tokenizer, ids: Tensor, key: str, cache: Cache) -> Answer:
+    """Reads a prompt (1, T), and looks for the key in what greedy decoding continues it with."""
     started = time.perf_counter()
-    tokens = model.generate(ids, len(key), temperature=0, eos_token_id=None, cache=cache)
+    tokens = model.generate(ids, STEPS, temperature=0, eos_token_id=None, cache=cache)
     answer = [next(tokens).item()]
     read = time.perf_counter() - started
     recalls = [x.memory.recall() for x in cache.layers if isinstance(x.memory, RecordingMemory) and x.memory.length]
     started = time.perf_counter()
     answer += [token.item() for token in tokens]
-    step = (time.perf_counter() - started) / max(len(key) - 1, 1)
-    return Answer(answer == key, read, step, sum(recalls) / len(recalls) if recalls else 1.0)
+    step = (time.perf_counter() - started) / (STEPS - 1)
+    found = answers(tokenizer.decode(answer), key)
+    return Answer(found, read, step, sum(recalls) / len(recalls) if recalls else 1.0)
 
 
-def prompts(tokenizer: Tokenizer, length: int, trials: int, seed: int) -> list[tuple[Tensor, list[int]]]:
-    """Prompts (1, length), with keys at depths spread evenly, and the tokens of the keys."""
+def prompts(tokenizer: Tokenizer, length: int, trials: int, seed: int) -> list[tuple[Tensor, str]]:
+    """Prompts (1, length), with keys at depths spread evenly, and the keys."""
     rng, made = torch.Generator().manual_seed(seed), []
     text = tokenizer.encode(read_text(TINY / "book.txt"), bos=False)
     for i in range(trials):
-        key = "".join(map(str, torch.randint(10, (5,), generator=rng).tolist()))
+        key = random_key(rng)
         ids = prompt_ids(tokenizer, length, (i + 0.5) / trials, key, text, rng)
-        made.append((torch.tensor([ids]), tokenizer.encode(key, bos=False)))
+        made.append((torch.tensor([ids]), key))
     return made
 
 
-def row(model: FastLlama, asked: list[tuple[Tensor, list[int]]], index: str, K: int | None) -> str:
+def row(model: FastLlama, tokenizer: Tokenizer, asked: list[tuple[Tensor, str]], index: str, K: int | None) -> str:
     """A row of the table: all prompts, each read anew with an empty memory."""
     new_memory = partial(RecordingMemory, index=index) if index in INDEXES else None
-    answers = [ask(model, ids, key, model.new_cache(new_memory, mem_topk=K)) for ids, key in asked]
+    found = [ask(model, tokenizer, ids, key, model.new_cache(new_memory, mem_topk=K)) for ids, key in asked]
 
     def mean(name: str) -> float:
-        return sum(getattr(answer, name) for answer in answers) / len(answers)
+        return sum(getattr(answer, name) for answer in found) / len(found)
 
     cells = [short(asked[0][0].shape[1]), index, K or "all", f"{100 * mean('found'):.0f}%"]
     cells += [f"{mean('read'):.2f}", f"{1000 * mean('step'):.1f}", f"{100 * mean('recall'):.1f}%"]
@@ -238,7 +239,11 @@ def main():
     )
     parser.add_argument("--lengths", type=parse_lengths, default=[1 << 14], help="of prompts, in tokens (default 16k)")
     parser.add_argument(
-        "--trials", type=number(int, 1), default=10, metavar="N", help="prompts of each length (default 10)"
+        "--trials",
+        type=number(int, 1, MOST_TRIALS),
+        default=10,
+        metavar="N",
+        help="prompts of each length (default 10)",
     )
     parser.add_argument(
         "--topk", type=parse_lengths, default=[16, 64, 256], metavar="K,K", help="keys attended to (default 16,64,256)"
@@ -258,9 +263,9 @@ def main():
             import_faiss()
         asked = [prompts(tokenizer, length, args.trials, args.seed) for length in args.lengths]
         print("| length | index | K | pass keys | s to read | ms per token | recall |", "| --- " * 7 + "|", sep="\n")
-        ask(model, *asked[0][0], model.new_cache())  # a first prompt is slower
+        ask(model, tokenizer, *asked[0][0], model.new_cache())  # a first prompt is slower
         for batch, (index, K) in product(asked, [("torch", None), *product(args.index, args.topk)]):
-            print(row(model, batch, index, K), flush=True)
+            print(row(model, tokenizer, batch, index, K), flush=True)
 
 
 if __name__ == "__main__":

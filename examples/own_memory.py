@@ -17,6 +17,7 @@ which tokens of the text they are. Values, padding, mem_dtype and forks are not 
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,9 +29,10 @@ from cli.ending import ending_well
 from cli.flags import add_model_flags, number, parse_length, parser_for, short
 from cli.loading import TINY, load, pick_device
 from cli.texts import read_text
-from experiments.passkey import measure, share
+from experiments.passkey import measure, report, share
 from fast import FastMemory
 from longllama import require
+from training.tasks import MOST_TRIALS
 
 
 def best(scores: Tensor, real: Tensor | None, n: int) -> Tensor | None:
@@ -143,14 +145,15 @@ def row(args: argparse.Namespace, rule: type[FastMemory]) -> list[str]:
     require(bool(model.config.mem_layers), f"{args.model} has no mem_layers, so there is nothing to forget")
     model.use_memory(rule)
     filler = tokenizer.encode(read_text(TINY / "book.txt"), bos=False)
+    name, started = "all" if rule is FastMemory else rule.__name__, time.perf_counter()
     trials = measure(model, tokenizer, args.model.name, {"text": filler}, args.length, args.trials, args.seed)
+    report(name, trials, started)
     with torch.no_grad():
         _, cache = model(
             torch.ones(1, args.length, dtype=torch.long, device=model.norm.weight.device), logits_to_keep=1
         )
     blocks = cache.layers[model.config.mem_layers[0]].memory.blocks
     kept = sum(block[0].shape[2] for block in blocks)
-    name = "all" if rule is FastMemory else rule.__name__
     return [name, f"{kept:,}", f"{100 * share(trials):.0f}%"]
 
 
@@ -159,7 +162,9 @@ def main():
     add_model_flags(parser)
     add = parser.add_argument
     add("--length", type=parse_length, default=1 << 14, help="of a prompt, in tokens (default 16k)")
-    add("--trials", type=number(int, 1), default=16, metavar="N", help="prompts for each rule (default 16)")
+    add(
+        "--trials", type=number(int, 1, MOST_TRIALS), default=16, metavar="N", help="prompts for each rule (default 16)"
+    )
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="draw the same keys every time (default 0)")
     args = parser.parse_args()
     with ending_well(parser):

@@ -5,8 +5,8 @@
     python experiments/passkey.py --model DIR OTHER_DIR --device cuda         # models side by side
 
 Prompts have exactly the length asked for, in tokens. Keys lie at random depths, spread evenly from the start of the prompt
-(0%) to its end. A trial counts when greedy decoding gives all five digits. The filler is real text (--text), or the sentences
-about green grass that such tests are usually made of, or each in half of the trials.
+(0%) to its end. A trial counts when greedy decoding gives all five digits, and no sixth. The filler is real text (--text), or the
+sentences about green grass that such tests are usually made of, or each in half of the trials.
 """
 
 import sys
@@ -31,8 +31,9 @@ from cli.flags import (
 from cli.loading import TINY, load, pick_device
 from cli.texts import read_text
 from fast import FastLlama
-from tokenizer import StreamDecoder, Tokenizer
-from training.tasks import GRASS, prompt_ids
+from fast.files import replacing
+from tokenizer import Tokenizer
+from training.tasks import GRASS, MOST_TRIALS, STEPS, answers, prompt_ids, random_key
 
 TOKENS_AT_ONCE = 1 << 17  # short prompts are read as batches of about this size
 
@@ -60,23 +61,34 @@ def measure(
     device = model.embed_tokens.weight.device
     at_once = max(1, TOKENS_AT_ONCE // length)
     for filler, text in fillers.items():
-        keys = ["".join(map(str, torch.randint(10, (5,), generator=rng).tolist())) for _ in range(trials)]
+        keys = [random_key(rng) for _ in range(trials)]
         depths = ((torch.arange(trials) + torch.rand(trials, generator=rng)) / trials).tolist()
         for i in range(0, trials, at_once):
             batch = list(zip(keys, depths))[i : i + at_once]
             ids = torch.tensor(
                 [prompt_ids(tokenizer, length, depth, key, text, rng) for key, depth in batch], device=device
             )
-            steps = len(tokenizer.encode(keys[0], bos=False)) + 1
-            answers = torch.stack(list(model.generate(ids, steps, temperature=0, eos_token_id=None)), dim=1).tolist()
-            for (key, depth), answer in zip(batch, answers):
-                text_out = "".join(map(StreamDecoder(tokenizer).feed, answer))
-                results.append(Trial(name, filler, length, depth, text_out.strip().startswith(key)))
+            said = torch.stack(list(model.generate(ids, STEPS, temperature=0, eos_token_id=None)), dim=1).tolist()
+            for (key, depth), answer in zip(batch, said):
+                results.append(Trial(name, filler, length, depth, answers(tokenizer.decode(answer), key)))
     return results
+
+
+def by_name(paths: list[Path]) -> dict[str, Path]:
+    """Models by the names of their folders, or by their paths where two have one name; each once."""
+    folders = {path.resolve(): path for path in paths}
+    names = [folder.name for folder in folders]
+    return {folder.name if names.count(folder.name) == 1 else str(path): path for folder, path in folders.items()}
 
 
 def share(trials: list[Trial]) -> float:
     return sum(trial.found for trial in trials) / len(trials)
+
+
+def report(label: str, trials: list[Trial], started: float):
+    """While a table is in the making."""
+    seconds = (time.perf_counter() - started) / len(trials)
+    print(f"{label}: {100 * share(trials):.0f}% of {len(trials)}, {seconds:.2f} s each", file=sys.stderr)
 
 
 def group(trials: list[Trial], key) -> dict:
@@ -129,7 +141,8 @@ def picture(trials: list[Trial], path: Path, bins: int):
         axis.set(title=name, xlabel="prompt length, tokens")
     axes[0][0].set_ylabel("depth of the pass key")
     figure.colorbar(image, ax=axes, label="found")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format=path.suffix[1:])
 
 
 def main():
@@ -137,7 +150,9 @@ def main():
     add_model_flags(parser, several=True)
     add_own_memory_flag(parser)
     parser.add_argument("--lengths", type=parse_lengths, default=[1 << 10, 1 << 12, 1 << 14], help="default 1k,4k,16k")
-    parser.add_argument("--trials", type=number(int, 1), default=10, help="for each length and filler (default 10)")
+    parser.add_argument(
+        "--trials", type=number(int, 1, MOST_TRIALS), default=10, help="for each length and filler (default 10)"
+    )
     parser.add_argument(
         "--filler", choices=["text", "grass", "both"], default="both", help="what the key is hidden in (default both)"
     )
@@ -149,7 +164,7 @@ def main():
     )
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw length x depth (needs matplotlib)")
-    parser.add_argument("--depth-bins", type=number(int, 1), default=5, help="rows of the picture (default 5)")
+    parser.add_argument("--depth-bins", type=number(int, 1, 100), default=5, help="rows of the picture (default 5)")
     args = parser.parse_args()
     with ending_well(parser):
         for flag in ("--table", "--picture"):
@@ -160,11 +175,9 @@ def main():
             if args.picture.suffix not in (".png", ".svg", ".pdf"):
                 raise ValueError(f"--picture {args.picture}: name a .png, .svg or .pdf file")
         text = " ".join(read_text(path, "--text") for path in args.text)
-        trials, folders = [], {path.resolve(): path for path in args.model}
-        names = [folder.name for folder in folders]
+        trials = []
         try:
-            for folder, path in folders.items():
-                name = folder.name if names.count(folder.name) == 1 else str(path)
+            for name, path in by_name(args.model).items():
                 model, tokenizer = load(path, pick_device(args.device), args.dtype, args.memory)
                 fillers = {"text": tokenizer.encode(text, bos=False), "grass": tokenizer.encode(GRASS, bos=False)}
                 if args.filler != "both":
@@ -173,16 +186,13 @@ def main():
                     started = time.perf_counter()
                     new = measure(model, tokenizer, name, fillers, length, args.trials, args.seed)
                     trials += new
-                    seconds = (time.perf_counter() - started) / len(new)
-                    print(
-                        f"{name} {short(length)}: {100 * share(new):.0f}% of {len(new)}, {seconds:.2f} s each",
-                        file=sys.stderr,
-                    )
+                    report(f"{name} {short(length)}", new, started)
         finally:  # what was measured is told, also where one model cannot read so much
             if trials:
-                print(table(trials))
+                print(table(trials), flush=True)
         if args.table:
-            args.table.write_text(table(trials) + "\n", encoding="utf-8")
+            with replacing(args.table) as unfinished:
+                unfinished.write_text(table(trials) + "\n", encoding="utf-8")
         if args.picture:
             picture(trials, args.picture, args.depth_bins)
 

@@ -7,6 +7,7 @@ Takes windows of held-out documents that have at least as many windows before th
 of them after 0, 1, 4, ... of those windows. So every column is about the very same tokens.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -17,10 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import ending_well
 from cli.flags import add_model_flags, add_own_memory_flag, number, parser_for
 from cli.loading import load, pick_device
+from experiments.passkey import by_name
 from fast import FastLlama
+from fast.model import LARGEST
+from longllama import require
 from training.data import DATA, encode, held_out, text_files
 
 BATCH = 8  # windows read at once
+
+
+def windows(n: int) -> str:
+    return f"{n} window{'s' * (n != 1)}"
 
 
 @torch.no_grad()
@@ -35,12 +43,14 @@ def perplexity(
         for w in range(most, (len(document) - 1) // window, stride)
     ]
     if not pieces:
-        raise ValueError(f"no document is longer than {most} windows of {window} tokens")
+        raise ValueError(f"no document is longer than {windows(most)} of {window} tokens")
     loss = 0.0
     for batch in torch.stack(pieces).to(device).split(BATCH):
         logits, _ = model(batch[:, :-1], last_context_length=window, logits_to_keep=window)
         loss += F.cross_entropy(logits.float().flatten(0, 1), batch[:, -window:].flatten(), reduction="sum").item()
-    return float(torch.tensor(loss / len(pieces) / window).exp()), len(pieces) * window
+    value = torch.tensor(loss / len(pieces) / window, dtype=torch.float64).exp().item()
+    require(math.isfinite(value), f"the perplexity after {windows(memory)} is not finite")
+    return value, len(pieces) * window
 
 
 def main():
@@ -55,21 +65,30 @@ def main():
     )
     parser.add_argument(
         "--windows",
-        type=number(int, 0),
+        type=number(int, 0, LARGEST),
         nargs="+",
         default=[0, 1, 4, 16, 64],
         help="windows of memory (default 0 1 4 16 64)",
     )
-    parser.add_argument("--stride", type=number(int, 1), default=4, help="take one window in this many (default 4)")
+    parser.add_argument(
+        "--stride", type=number(int, 1, LARGEST), default=4, help="take one window in this many (default 4)"
+    )
     args = parser.parse_args()
     with ending_well(parser):
         files = held_out(text_files(args.data))
-        rows = [["model", *(f"{n} windows" for n in args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
-        for folder in args.model:
+        rows = [["model", *map(windows, args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
+        for name, folder in by_name(args.model).items():
             model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory)
             documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in files]
-            values = [perplexity(model, documents, n, max(args.windows), args.stride) for n in args.windows]
-            rows.append([folder.resolve().name, *(f"{value:.2f}" for value, _ in values), f"{values[0][1]:,}"])
+            cells = []
+            for n in args.windows:
+                try:
+                    value, tokens = perplexity(model, documents, n, max(args.windows), args.stride)
+                except ValueError as error:
+                    raise ValueError(f"{folder}: {error}") from None
+                cells.append(f"{value:.2f}")
+                print(f"{name}, {windows(n)}: {cells[-1]}", file=sys.stderr)
+            rows.append([name, *cells, f"{tokens:,}"])
             print("\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
             rows = []  # the header came with the first row
 

@@ -6,17 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.loading import TINY
+from examples.knn_memory import ask
 from experiments import passkey
 from experiments import perplexity as evaluation
 from experiments.perplexity import perplexity
-from fast import FastLlama
+from fast import FastConfig, FastLlama
 from tokenizer import Tokenizer
-from training.tasks import prompt_ids
+from training.tasks import prompt_ids, random_key
 
 BOOK = (TINY / "book.txt").read_text(encoding="utf-8")
 
@@ -98,11 +101,43 @@ def test_tiny_finds_a_pass_key_hundreds_of_windows_back(tiny, run, capsys):
         assert found.strip() == "90417" != lost.strip()
 
 
+class Sure(FastLlama):
+    """Says what it is told to."""
+
+    said: tuple[int, ...] = ()
+
+    def generate(self, input_ids, max_new_tokens, **sampling):
+        for i in [*self.said, *[0] * max_new_tokens][:max_new_tokens]:
+            yield torch.full((len(input_ids),), i)
+
+
+@pytest.mark.parametrize("pieces", [(), ("KEY",), ("\u2581KEY",), ("KEY.",)], ids=str)
+@pytest.mark.parametrize(
+    "text, found", [(" KEY.", True), (" KEY", True), (" KEY7", False), (" 4KEY", False), (" KE", False)]
+)
+def test_a_pass_key_is_found_by_any_tokenizer_where_it_is_said(pieces, text, found, tmp_path):
+    key = random_key(torch.Generator().manual_seed(0))
+    pieces = [piece.replace("KEY", key) for piece in pieces]
+    with (tmp_path / "m").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["What is the key? 0 1 2 3 4 5 6 7 8 9."] * 9), model_writer=file, vocab_size=400,
+            hard_vocab_limit=False, byte_fallback=True, minloglevel=2, user_defined_symbols=pieces,
+        )  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "m")
+    model = Sure(
+        FastConfig(vocab_size=400, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    model.said = tuple(tokenizer.encode(text.replace("KEY", key).replace("KE", key[:4]).strip(), bos=False))
+    [trial] = passkey.measure(model, tokenizer, "sure", {"text": [5, 6]}, 400, 1, seed=0)
+    assert trial.found == found == ask(model, tokenizer, torch.ones(1, 9), key, model.new_cache()).found
+
+
 def test_a_table_is_written_and_a_picture_drawn(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     table, picture = tmp_path / "table.md", tmp_path / "found.svg"
     flags = ["--lengths", "512,1k", "--trials", 2, "--filler", "grass", "--table", table, "--picture", picture]
     assert run(passkey.main, *flags) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.svg", "table.md"]
     assert table.read_text() == capsys.readouterr().out and rows(table.read_text())[0][2:] == ["512", "1k"]
     assert picture.stat().st_size > 1000
 
@@ -117,6 +152,8 @@ def test_a_table_is_written_and_a_picture_drawn(run, tmp_path, capsys):
         (["--picture", "found.doc"], ".png"),
         (["--table", "nowhere/table.md"], "--table"),
         (["--memory", "nowhere.py:Mine"], "--memory"),
+        (["--trials", "1" + "0" * 30], "--trials"),
+        (["--depth-bins", "1" + "0" * 30], "--depth-bins"),
     ],
 )
 def test_mistakes_in_flags_are_one_line_and_exit_status_2(flags, named, run, capsys):
@@ -162,12 +199,32 @@ def test_perplexity_is_of_the_same_windows_with_any_memory(tiny):
 def test_the_perplexity_table_has_a_row_for_each_model(run, tmp_path, capsys):
     for i in range(16):  # the ninth is held out
         (tmp_path / f"{i:02}.txt").write_text(BOOK[: 6000 if i == 8 else 10], encoding="utf-8")
-    flags = ["--data", tmp_path, "--windows", "0", "2", "--stride", "1", "--model", TINY, TINY]
-    assert run(evaluation.main, *flags) == 0
-    found = rows(capsys.readouterr().out)
-    assert found[0] == ["model", "0 windows", "2 windows", "tokens"] and [row[0] for row in found[2:]] == ["tiny"] * 2
-    assert found[2] == found[3] and all(1 < float(value) < 100 for value in found[2][1:3])
+    other, plain = models(tmp_path)
+    flags = ["--data", tmp_path, "--windows", "0", "1", "--stride", "1", "--model", TINY, other, TINY, plain]
+    assert run(evaluation.main, *flags) == 2  # one without memory layers cannot read two windows
+    out, err = capsys.readouterr()
+    found = rows(out)
+    assert found[0] == ["model", "0 windows", "1 window", "tokens"]
+    assert [row[0] for row in found[2:]] == [str(TINY), str(other)]
+    assert found[2][1:] == found[3][1:] and all(1 < float(value) < 100 for value in found[2][1:3])
+    assert err.splitlines()[1] == f"{TINY}, 1 window: {found[2][2]}" and str(plain) in err.splitlines()[-1]
     assert run(evaluation.main, "--data", tmp_path / "nowhere") == 2
     assert run(evaluation.main, "--data", tmp_path, "--windows", "1000") == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 2 and "no document is longer than 1000 windows" in err
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_results_that_are_not_finite_are_refused(value, run, tmp_path, capsys):
+    for i in range(16):
+        (tmp_path / f"{i:02}.txt").write_text(BOOK[: 6000 if i == 8 else 10], encoding="utf-8")
+    other, _ = models(tmp_path)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.5.mlp.down_proj.weight"][3, 3] = value
+    save_file(weights, other / "model.safetensors")
+    flags = ["--data", tmp_path, "--windows", "0", "--model", other]
+    for main, more in (evaluation.main, flags), (passkey.main, ["--lengths", "512", "--trials", "1", "--model", other]):
+        assert run(main, *more) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and "finite" in err
+        assert main is passkey.main or f"{other}: the perplexity after 0 windows is not finite" in err

@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.texts import read_text
 from tokenizer import Tokenizer
-from training.tasks import GRASS, INTRO, KEY, QUESTION
+from training.tasks import GRASS, INTRO, KEY, question_and_answer
 
 DATA = Path(__file__).resolve().parent / "data"  # where fetch_data.py puts texts
 STYLES = ("text", "grass", "mixed")  # of filler
@@ -28,10 +28,11 @@ def held_out(files: list[Path]) -> list[Path]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.txt"))
+    """Not hidden ones, which are no documents: macOS puts a ._name.txt beside name.txt."""
+    files = sorted(path for path in folder.glob("*.txt") if path.is_file() and not path.name.startswith("."))
     if len(files) < HELD_OUT:
         raise ValueError(
-            f"{folder} needs at least {HELD_OUT} .txt files, not counting folders in it, a document each: "
+            f"{folder} needs at least {HELD_OUT} .txt files, not counting folders and hidden files, a document each: "
             "python training/fetch_data.py fetches some"
         )
     return files
@@ -39,7 +40,7 @@ def text_files(folder: Path) -> list[Path]:
 
 @dataclass
 class Batch:
-    """inputs, targets (B, T) int64; answers (B, T) bool: the targets that are digits of a pass key asked for."""
+    """inputs, targets (B, T) int64; answers (B, T) bool: the targets that have digits of a pass key asked for."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -57,10 +58,7 @@ class Corpus:
         self.weights /= self.weights.sum()
         self.bos = np.array([tokenizer.bos_id])
         self.tokenizer = tokenizer
-        self.intro, self.grass, self.question = (
-            np.array(tokenizer.encode(t, bos=False)) for t in (INTRO, GRASS, QUESTION)
-        )
-        self.full_stop = np.array(tokenizer.encode("1.", bos=False)[-1:])
+        self.intro, self.grass = (np.array(tokenizer.encode(t, bos=False)) for t in (INTRO, GRASS))
 
     def digest(self) -> str:
         """A hash of all documents, as token ids."""
@@ -101,7 +99,7 @@ class Corpus:
         repeated: float = 0.0,
         single: float = 0.0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """n tokens with a pass key stated once and asked for later; and which of them are digits of an answer.
+        """n tokens with a pass key stated once and asked for later; and which of them have digits of an answer.
 
         dense: asked for again and again, a few words of filler between, so that a document has many answers to learn
         from. Otherwise: stated in the first window, and asked for once in each of the others.
@@ -120,20 +118,19 @@ class Corpus:
         if single and rng.random() < single:
             stated = str(rng.choice(stated.split(" Remember it. ")))
         statement = np.array(self.tokenizer.encode(stated, bos=False))
-        answer = np.array(self.tokenizer.encode(key, bos=False))
-        asked = np.concatenate((self.question, answer, self.full_stop))
+        asked, answer = map(np.array, question_and_answer(self.tokenizer, key))
         least = max(len(statement), len(asked)) + 1
         if window < least:
             raise ValueError(f"a pass key takes windows of at least {least} tokens, not {window}")
         start = [self.bos, self.intro if rng.random() < 0.5 else self.intro[:0]]
         if dense:
-            places, place = [], int(rng.integers(0, window // 4))
+            places, place = [], int(rng.integers(0, max(window // 4, 1)))
             while place < n:
                 places.append(place)
                 place += int(rng.integers(1, 16)) + len(asked)
         else:
             if cut and rng.random() < cut:
-                places = [window - int(rng.integers(1, len(statement)))]
+                places = [window - int(rng.integers(1, max(len(statement), 2)))]
             else:
                 places = [int(rng.integers(0, window - len(statement)))]
             places += [int(rng.integers(w, w + window - len(asked))) for w in range(window, n - window + 1, window)]
@@ -144,7 +141,7 @@ class Corpus:
             piece = asked if i else statement
             mark = np.zeros(len(gap) + len(piece), bool)
             if i:
-                mark[-6:-1] = True  # the five digits before the full stop
+                mark[len(gap) :] = answer
             parts, marks, length = [*parts, gap, piece], [*marks, mark], length + len(mark)
         parts.append(self.filler(rng, max(n - length, 0), style))
         marks.append(np.zeros(len(parts[-1]), bool))
@@ -153,7 +150,7 @@ class Corpus:
     def document(
         self, rng: np.random.Generator, n: int, window: int, kind: str, **hard: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """n tokens of a kind of document, and which of them are digits of an answer."""
+        """n tokens of a kind of document, and which of them have digits of an answer."""
         if kind in KEYED:
             return self.passkey(rng, n, window, kind == "dense", **hard)
         tokens = self.text(rng, n) if kind == "text" else self.filler(rng, n, str(rng.choice(STYLES)))

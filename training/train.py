@@ -13,131 +13,40 @@ import argparse
 import json
 import math
 import os
-import shutil
+import shlex
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
-from cli.flags import number, parser_for
+from cli.ending import ending_well, printable
+from cli.flags import check_new_folder, number, parser_for
 from cli.loading import TINY, check_vocabulary, pick_device
-from convert import load_pickled, save_pretrained
+from convert import save_pretrained
 from fast import FastConfig, FastLlama
 from fast.files import replacing
-from fast.model import is_count
 from longllama import cross_batch_extra, require
 from tokenizer import Tokenizer
-from training.data import DATA, KEYED, OTHERS, Corpus
+from training.checkpoint import check_finite, check_state, read_checkpoint, read_log
+from training.data import DATA, KEYED, Corpus
+from training.recipe import Phase, Recipe
+from training.stopping import Stop
 
-WARMUP = 50  # steps at the start of each phase over which its learning rate rises
 CLIP = 1.0  # largest norm of the gradient
 REPORT, CHECKPOINT = 20, 100  # steps between progress lines, and between checkpoints
-
-
-def is_number(value, high: float = sys.float_info.max) -> bool:
-    return type(value) in (int, float) and 0 <= value <= high
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of training.
-
-    documents, packing, window: a batch is that many documents, of `packing` entries of `window` tokens each.
-    ranges: each step draws its cross-batch range from these; null: entries see their own document's past and nothing else.
-    mix: kind of document -> its weight at the start and at the end, see `Corpus.batch`. groups: batches per step, each a
-    cross-batch of its own.
-    cut, repeated, single: the shares of hard kinds of pass key, see `Corpus.passkey`.
-    """
-
-    steps: int
-    learning_rate: float
-    window: int
-    documents: int
-    packing: int
-    ranges: list[int] | None
-    mix: dict[str, list[float]]
-    groups: int = 1
-    cut: float = 0.0
-    repeated: float = 0.0
-    single: float = 0.0
-
-    def __post_init__(self):
-        for name in ("steps", "window", "documents", "packing", "groups"):
-            value = getattr(self, name)
-            require(is_count(value), f"{name} must be a whole number of at least 1, not {value!r}")
-        for name in ("learning_rate", "cut", "repeated", "single"):
-            require(is_number(getattr(self, name), 1), f"{name} must be 0 to 1, not {getattr(self, name)!r}")
-        ranges, mix, kinds = self.ranges, self.mix, (*KEYED, *OTHERS)
-        fits = ranges is None or (isinstance(ranges, list) and ranges and all(n == 0 or is_count(n) for n in ranges))
-        require(fits, f"ranges must be null or a list of whole numbers, not {ranges!r}")
-        fits = isinstance(mix, dict) and mix and set(mix) <= set(kinds)
-        fits = fits and all(
-            isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in mix.values()
-        )
-        require(fits, f"mix must give some of {', '.join(kinds)} two weights each, [start, end], not {mix!r}")
-        free = kinds if ranges is None else OTHERS  # the first document of a batch may be of these, see `Corpus.batch`
-        drawn = all(sum(mix[kind][end] for kind in free if kind in mix) > 0 for end in (0, 1))
-        require(drawn, f"mix must give weight to {' or '.join(free)}, at the start and at the end, not {mix!r}")
-
-    @property
-    def step_tokens(self) -> int:
-        return self.groups * self.documents * self.packing * self.window
-
-    def mix_at(self, done: float) -> dict[str, float]:
-        return {kind: (1 - done) * start + done * end for kind, (start, end) in self.mix.items()}
-
-    def learning_rate_at(self, step: int) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.learning_rate * min((step + 1) / WARMUP, 0.05 + 0.95 * cosine)
-
-
-class Recipe:
-    """A recipe file: seed, weight_decay, answer_weight (of the loss over pass-key digits), model (config), phases."""
-
-    def __init__(self, path: Path):
-        try:
-            self.raw = json.loads(path.read_text(encoding="utf-8"))
-            self.seed, self.weight_decay = self.raw["seed"], self.raw["weight_decay"]
-            self.answer_weight, self.model = self.raw["answer_weight"], self.raw["model"]
-            self.phases = [Phase(**phase) for phase in self.raw["phases"]]
-            require(bool(self.phases), "it has no phases")
-            fits = self.seed == 0 or (is_count(self.seed) and self.seed < 2**63)
-            require(fits, f"seed must be a whole number of at most 63 bits, not {self.seed!r}")
-            for name in ("weight_decay", "answer_weight"):
-                require(is_number(self.raw[name]), f"{name} must be at least 0, not {self.raw[name]!r}")
-            names = {field.name for field in fields(FastConfig)}
-            require(isinstance(self.model, dict), f"model must be an object, not {self.model!r}")
-            require(set(self.model) <= names, f"model has fields that no config has: {sorted(set(self.model) - names)}")
-        except (ValueError, TypeError, KeyError) as error:
-            said = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is no recipe such as training/tiny.json: {said}") from None
-        self.steps = sum(phase.steps for phase in self.phases)
-
-    def at(self, step: int) -> tuple[Phase, int]:
-        """The phase that a step belongs to, and the step's number in it."""
-        for phase in self.phases:
-            if step < phase.steps:
-                return phase, step
-            step -= phase.steps
-        raise IndexError(step)
-
-    def continues(self, other: dict, step: int) -> bool:
-        """Whether a run of another recipe was, up to this step, a run of this one. So phases can be added to a finished run."""
-        begun = sum(1 for i, _ in enumerate(self.phases) if sum(phase.steps for phase in self.phases[:i]) < step)
-        rest = [{k: v for k, v in raw.items() if k != "phases"} for raw in (self.raw, other)]
-        return rest[0] == rest[1] and self.raw["phases"][:begun] == other["phases"][:begun] and step <= self.steps
-
-    def tokens_after(self, step: int) -> int:
-        return sum(self.at(s)[0].step_tokens for s in range(step, self.steps))
+TRAINED, EXPORTED = 12, 2  # bytes of a weight: with AdamW's two averages, all in float32; and in bfloat16
 
 
 def extra_contexts(phase: Phase, seed: tuple[int, ...], contrast: str = "full") -> list[int]:
@@ -160,10 +69,27 @@ def losses(model: FastLlama, batch, extra: list[int], device: torch.device) -> t
     return loss.mean(), (loss * answers).sum() / answers.sum().clamp(min=1)
 
 
+def parameter_count(config: FastConfig) -> int:
+    with torch.device("meta"):
+        one = FastLlama(replace(config, num_hidden_layers=1, mem_layers=()))
+    layer = sum(p.numel() for p in one.layers.parameters())
+    return sum(p.numel() for p in one.parameters()) + (config.num_hidden_layers - 1) * layer
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 class Trainer:
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.recipe = args, Recipe(args.recipe)
-        require(args.output.is_dir() or not args.output.exists(), f"--output {args.output} is no folder: name one")
+    def __init__(self, args: argparse.Namespace, stop: Stop):
+        self.args, self.stop, self.recipe = args, stop, Recipe(args.recipe)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(args.device) if self.world > 1 else pick_device(args.device)
         if self.world > 1:
@@ -179,35 +105,79 @@ class Trainer:
             raise FileExistsError(f"{args.output} has a run in it: add --resume to go on, or name another --output")
         if (args.output / "config.json").exists() and not args.resume:
             raise FileExistsError(f"{args.output} has a model in it, which is not replaced: name another --output")
-        self.corpus = Corpus(args.data, Tokenizer(args.tokenizer))
+        tokenizer = Tokenizer(args.tokenizer)
+        state, config = read_checkpoint(self.checkpoint) if args.resume else (None, self.new_config(tokenizer))
+        self.check_room(config)
+        self.corpus = Corpus(args.data, tokenizer)
+        for phase in self.recipe.phases:
+            if any(kind in KEYED for kind in phase.mix):  # a key for which windows are too small is told now
+                self.corpus.passkey(np.random.default_rng(0), phase.window, phase.window, dense=True)
         self.made_with = {  # besides the recipe; a run is resumed with the same
             "--tokenizer": sha256(args.tokenizer.read_bytes()).hexdigest(),
             "--data": self.corpus.digest(),
             "--contrast": args.contrast,
         }
-        state = self.read_checkpoint() if args.resume else None
-        self.model = self._model(state)
-        check_vocabulary(args.tokenizer, self.corpus.tokenizer, self.model.config)
-        widest, window = max(phase.window for phase in self.recipe.phases), self.model.config.max_position_embeddings
-        require(widest <= window, f"{args.recipe} has a window of {widest}, but max_position_embeddings is {window}")
+        if state:
+            self.check_made_with(state)
+        self.model = self._model(config, state)
+        check_vocabulary(args.tokenizer, tokenizer, config)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": self.recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             betas=(0.9, 0.95),
         )
-        self.step, self.losses = 0, []
+        self.step, self.saved, self.losses = 0, 0, []
         if state:
             self.go_on_from(state)
 
-    def _model(self, state: dict | None) -> FastLlama:
+    def new_config(self, tokenizer: Tokenizer) -> FastConfig:
+        """The recipe's, and with --init what it changes in that one. Special ids are the tokenizer's."""
+        named, ids = self.recipe.model, {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        if tokenizer.sp.pad_id() >= 0:
+            ids["pad_token_id"] = tokenizer.sp.pad_id()
+        for name, value in ids.items():
+            fits = named.get(name, value) == value
+            require(fits, f"{self.args.recipe}: {name} is {named.get(name)}, but {value} in {self.args.tokenizer}")
+        if not self.args.init:
+            return FastConfig(**named | ids)
+        config = FastConfig.from_json(self.args.init / "config.json", **named)
+        own = {name: getattr(config, name) for name in ids}
+        own = {
+            name: value if isinstance(value, tuple) else (value,) for name, value in own.items()
+        }  # some have several
+        return replace(config, **{name: value for name, value in ids.items() if value not in own[name]})
+
+    def check_room(self, config: FastConfig):
+        """Refuses, before the work begins, what cannot be: of the window, the memory and the disk."""
+        recipe, phases, window = self.args.recipe, self.recipe.phases, config.max_position_embeddings
+        widest = max(phase.window for phase in phases)
+        require(widest <= window, f"{recipe} has a window of {widest}, but max_position_embeddings is {window}")
+        weights, has = parameter_count(config), memory_of(self.device)
+        logits = 4 * config.vocab_size * max(phase.group_tokens for phase in phases)
+        needs = (TRAINED + 4) * weights / self.world + logits  # and 4 bytes of a gradient
+        told = f"training takes {needs / 1e9:,.0f} GB at the least, and {self.device} has {has / 1e9:,.0f}"
+        require(needs <= has, f"{recipe}: {told}: make the model, or documents x packing x window, smaller")
+        if self.rank == 0:
+            check_new_folder("--output", self.args.output, (TRAINED + EXPORTED) * weights)
+
+    def check_made_with(self, state: dict):
+        fits = self.recipe.continues(state["recipe"], state["step"])
+        require(fits, f"{self.checkpoint} was made with another recipe than {self.args.recipe}")
+        for flag, value in self.made_with.items():
+            same = str(state["made_with"].get(flag)) == value
+            require(same, f"{self.checkpoint} was made with another {flag}: give the same")
+        stop = self.args.stop_after or state["step"]
+        require(state["step"] <= stop, f"--stop-after {stop}: the run is at step {state['step']} already")
+
+    def _model(self, config: FastConfig, state: dict | None) -> FastLlama:
         torch.manual_seed(self.recipe.seed)
-        if state:
-            model = FastLlama(FastConfig(**state["config"]))
-        elif self.args.init:
-            model = FastLlama.from_pretrained(self.args.init, **self.recipe.model).train()
+        if self.args.init and not state:
+            model = FastLlama.from_pretrained(self.args.init, **asdict(config)).train()
+            for name, weight in model.hf_tensors().items():
+                check_finite(f"--init {self.args.init}", name, weight)
         else:
-            model = FastLlama(FastConfig(**self.recipe.model))
+            model = FastLlama(config)
         model = model.to(self.device)
         if self.world > 1:
             for layer in model.layers:
@@ -216,12 +186,13 @@ class Trainer:
             register_fsdp_forward_method(model, "forward_cross_batch")
         return model
 
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step; each process takes its share of the groups. Returns this step's two losses."""
+    def train_step(self) -> tuple[float, float, bool]:
+        """One optimizer step; each process takes its share of the groups. Returns this step's two losses, and whether any process
+        was told to stop. Raises ValueError, before the step is taken, where it is not finite."""
         phase, step = self.recipe.at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = phase.learning_rate_at(step)
-        total = torch.zeros(2, device=self.device)
+        total = torch.zeros(3, device=self.device)
         for group in range(self.rank, phase.groups, self.world):
             seed = (self.recipe.seed, self.step, group)
             mix = phase.mix_at(step / phase.steps)
@@ -231,22 +202,30 @@ class Trainer:
             loss, answer_loss = losses(self.model, batch, extra, self.device)
             # Sharded gradients are averaged over processes, so a process's own are averaged over its own groups.
             ((loss + self.recipe.answer_weight * answer_loss) * self.world / phase.groups).backward()
-            total += torch.stack((loss.detach(), answer_loss.detach())) / phase.groups
+            total[:2] += torch.stack((loss.detach(), answer_loss.detach())) / phase.groups
+        total[2] = self.stop.number
         if self.world > 1:
-            dist.all_reduce(total)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+            dist.all_reduce(total)  # so that all processes decide alike
+        norm = whole(clip_grad_norm_(self.model.parameters(), CLIP)).item()
+        loss, answer_loss, stopped = total.tolist()
+        finite = all(map(math.isfinite, (loss, answer_loss, norm)))
+        self.require_finite(finite, f"step {self.step + 1} (loss {loss}, gradient {norm}) is not finite")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return tuple(total.tolist())
+        return loss, answer_loss, stopped > 0
+
+    def require_finite(self, fits: bool, what: str):
+        kept = f"the checkpoint of step {self.saved} is kept" if self.saved else "there is no checkpoint yet"
+        require(fits, f"{what}: {kept}; a smaller learning_rate in {self.args.recipe} may help, in another --output")
 
     def run(self):
-        stop = min(self.args.stop_after or self.recipe.steps, self.recipe.steps)
+        last = min(self.args.stop_after or self.recipe.steps, self.recipe.steps)
         started, tokens = time.monotonic(), 0
-        self.args.output.mkdir(parents=True, exist_ok=True)
-        while self.step < stop:
+        self.stop.waits = True
+        while self.step < last:
             phase, _ = self.recipe.at(self.step)
-            loss, answer_loss = self.train_step()
+            loss, answer_loss, stopped = self.train_step()
             tokens += phase.step_tokens
             self.losses.append({"step": self.step, "loss": loss, "answer_loss": answer_loss})
             if self.step % REPORT == 0 and self.rank == 0:
@@ -257,11 +236,26 @@ class Trainer:
                     f"{tokens / seconds:,.0f} tokens/s  {left:.0f} min left",
                     flush=True,
                 )
-            if self.step % CHECKPOINT == 0 or self.step == stop:
+            stopped = stopped and self.step < last
+            if self.step % CHECKPOINT == 0 or self.step == last or stopped:
                 self.save_checkpoint()
+            if stopped:
+                self.leave()
+                if self.rank == 0:
+                    print(f"stopped after step {self.step}, go on with: {self.command()}", file=sys.stderr)
+                sys.exit(128 + (self.stop.number or signal.SIGTERM))  # which came to another process
         self.export()
+        self.leave()
+
+    def leave(self):
+        """No process leaves while another still needs it."""
         if self.world > 1:
-            dist.barrier()  # no process leaves while another still needs it
+            dist.barrier()
+
+    def command(self) -> str:
+        """What goes on with this run."""
+        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if self.world > 1 else ["python"]
+        return printable(shlex.join([*start, *sys.argv, *["--resume"] * (not self.args.resume)]))
 
     # Checkpoints hold whole tensors, not shards, so one written by 8 processes resumes on 1.
 
@@ -271,10 +265,13 @@ class Trainer:
         )
 
     def save_checkpoint(self):
+        norm = whole(get_total_norm([p.detach() for p in self.model.parameters()])).item()
+        self.require_finite(math.isfinite(norm), f"the weights of step {self.step} are not finite")
         model, optimizer = self._state(full=True)
         if self.rank == 0:
             state = {"step": self.step, "recipe": json.dumps(self.recipe.raw), "made_with": self.made_with}
             state |= {"config": asdict(self.model.config), "model": model, "optimizer": optimizer}
+            self.args.output.mkdir(parents=True, exist_ok=True)
             # The log first: steps in it that no checkpoint has are left out when the run is resumed.
             with replacing(self.log) as unfinished:
                 unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.losses), encoding="utf-8")
@@ -283,36 +280,21 @@ class Trainer:
                     torch.save(state, unfinished)
                 except RuntimeError:  # which is what torch makes of a failed write
                     raise OSError("is the disk full?") from None
-
-    def read_checkpoint(self) -> dict:
-        if not self.checkpoint.is_file():
-            raise FileNotFoundError(f"{self.checkpoint} is missing: there is nothing to resume, so leave --resume out")
-        state, parts = load_pickled(self.checkpoint), {"step", "recipe", "made_with", "config", "model", "optimizer"}
-        fits = isinstance(state, dict) and parts <= set(state)
-        require(fits, f"{self.checkpoint} is not a checkpoint of a training run")
-        fits = self.recipe.continues(json.loads(state["recipe"]), state["step"])
-        require(fits, f"{self.checkpoint} was made with another recipe than {self.args.recipe}")
-        for flag, value in self.made_with.items():
-            require(
-                state["made_with"].get(flag) == value, f"{self.checkpoint} was made with another {flag}: give the same"
-            )
-        return state
+        self.saved = self.step
 
     def go_on_from(self, state: dict):
-        whole = isinstance(state["model"], dict) and state["model"].keys() == self.model.state_dict().keys()
-        require(whole, f"{self.checkpoint} has not the weights of its model: start anew, without --resume")
+        check_state(self.checkpoint, state, self.model, self.recipe.model)
+        _, own = self._state(full=False)
         set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            optim_state_dict={"state": state["optimizer"]["state"], "param_groups": own["param_groups"]},
             options=StateDictOptions(full_state_dict=True),
         )
-        self.step = state["step"]
-        lines = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
-        self.losses = [line for line in lines if line["step"] <= self.step]
-        stop = self.args.stop_after or self.step
-        require(self.step <= stop, f"--stop-after {stop}: the run is at step {self.step} already")
+        self.step = self.saved = state["step"]
+        if self.rank == 0:
+            self.losses = read_log(self.log, self.step)
 
     def export(self):
         """Writes the model as generate.py reads it, in bfloat16."""
@@ -320,10 +302,7 @@ class Trainer:
         if self.rank == 0:
             model = FastLlama(self.model.config)
             model.load_state_dict(weights)
-            save_pretrained(model.to(torch.bfloat16), self.args.output)
-            kept = self.args.output / "tokenizer.model"
-            if not (kept.exists() and kept.samefile(self.args.tokenizer)):
-                shutil.copyfile(self.args.tokenizer, kept)
+            save_pretrained(model.to(torch.bfloat16), self.args.output, self.args.tokenizer)
             print(f"wrote {self.args.output}")
 
 
@@ -361,9 +340,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
     args = parser.parse_args()
     args.tokenizer = args.tokenizer or (args.init or TINY) / "tokenizer.model"
-    with ending_well(parser):
+    with ending_well(parser), Stop() as stop:
         try:
-            Trainer(args).run()
+            Trainer(args, stop).run()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

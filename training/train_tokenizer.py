@@ -14,12 +14,14 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import ending_well, first_line
-from cli.flags import number, parser_for
+from cli.flags import check_new_file, number, parser_for
 from cli.texts import read_text
 from fast.files import replacing
+from fast.model import LARGEST
 from training.data import DATA, held_out, text_files
 from training.tasks import GRASS, INTRO, KEY, QUESTION
 
+LEAST = 260  # pieces: a byte each, <unk>, <s>, </s>, and one of text
 PASSKEY_LINES = 2000  # of about 200,000: enough that the words of the pass-key task are whole pieces
 
 
@@ -35,10 +37,11 @@ def lines(folder: Path):
 
 def train(folder: Path, output: Path, vocab_size: int):
     """Raises OSError, and ValueError where the text has not as many pieces in it, or the size has no room for the bytes."""
+    sentences = list(lines(folder))  # what is wrong with a text is told as it is
     with replacing(output) as unfinished, unfinished.open("wb") as file:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines(folder),
+                sentence_iterator=iter(sentences),
                 model_writer=file,
                 vocab_size=vocab_size,
                 model_type="bpe",
@@ -66,9 +69,10 @@ def main():
         help="folder of .txt files (default: training/data)",
     )
     parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--vocab-size", type=number(int, 1), default=2048, help="pieces (default 2048)")
+    parser.add_argument("--vocab-size", type=number(int, LEAST, LARGEST), default=2048, help="pieces (default 2048)")
     args = parser.parse_args()
     with ending_well(parser):
+        check_new_file("--output", args.output)
         train(args.data, args.output, args.vocab_size)
         print(f"wrote {args.output}")
 

@@ -1,0 +1,103 @@
+"""Reading what a run has left: its checkpoint, every part of which is checked before it is used, and its log."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import first_line, warn
+from convert import load_pickled
+from fast import FastConfig, FastLlama
+from fast.files import is_finite
+from fast.model import is_count
+from longllama import require
+
+PARTS = {"step": int, "recipe": str, "made_with": dict, "config": dict, "model": dict, "optimizer": dict}
+COUNTED = 1 << 24  # steps that AdamW counts, in float32
+
+
+def read_checkpoint(path: Path) -> tuple[dict, FastConfig]:
+    """The parts of a checkpoint, of the right kinds, and the model's config. Raises OSError or ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: there is nothing to resume, so leave --resume out")
+    state = load_pickled(path)
+    for part, kind in PARTS.items():
+        fits = isinstance(state, dict) and isinstance(state.get(part), kind)
+        require(fits, f"{path} is not a checkpoint of a training run: it has no {part}")
+    require(is_count(state["step"]), f"{path}: step must be a whole number of at least 1, not {state['step']}")
+    unknown = state["config"].keys() - {field.name for field in fields(FastConfig)}
+    require(not unknown, f"{path}: config has fields that no config has: {sorted(map(str, unknown))[:3]}")
+    try:
+        json.dumps(state["config"])  # refuses tensors, which compare with nothing
+        config = FastConfig(**state["config"])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: config: {first_line(error)}") from None
+    require(
+        config.num_hidden_layers <= len(state["model"]), f"{path}: model has fewer weights than its config has layers"
+    )
+    return state, config
+
+
+def check_state(path: Path, state: dict, model: FastLlama, recipe_model: dict):
+    """Raises ValueError where a checkpoint does not hold what a run of this model, made by a recipe, has written."""
+    try:
+        named = FastConfig(**asdict(model.config) | recipe_model) == model.config
+    except ValueError:
+        named = False
+    require(named, f"{path}: config is not that of its recipe")
+    check_tensors(f"{path}: model", state["model"], {name: x.shape for name, x in model.state_dict().items()})
+    tied = [state["model"][name] for name in ("embed_tokens.weight", "lm_head.weight")]
+    require(not model.config.tie_word_embeddings or torch.equal(*tied), f"{path}: model: tied weights differ")
+    found, step = state["optimizer"].get("state"), float(min(state["step"], COUNTED))
+    wanted = dict(model.named_parameters())
+    require(
+        isinstance(found, dict) and found.keys() == wanted.keys(), f"{path}: optimizer has not the state of each weight"
+    )
+    for name, x in wanted.items():
+        where = f"{path}: optimizer: {name}"
+        check_tensors(where, found[name], {"step": torch.Size(), "exp_avg": x.shape, "exp_avg_sq": x.shape})
+        fits = found[name]["step"].item() == step and bool((found[name]["exp_avg_sq"] >= 0).all())
+        require(fits, f"{where} is not that of step {state['step']}")
+
+
+def check_tensors(where: str, found, shapes: dict[str, torch.Size]):
+    require(isinstance(found, dict), f"{where} is no dictionary of tensors")
+    for name in [*(shapes.keys() - found.keys()), *(found.keys() - shapes.keys())]:
+        raise ValueError(
+            f"{where}: {name} is {'missing' if name in shapes else 'not expected'}: start anew, without --resume"
+        )
+    for name, shape in shapes.items():
+        x = found[name]
+        fits = isinstance(x, Tensor) and not x.is_nested and x.layout == torch.strided and x.device.type == "cpu"
+        fits = fits and (x.shape, x.dtype) == (shape, torch.float32)
+        require(fits, f"{where}: {name} must be a tensor of {list(shape)} in float32")
+        check_finite(where, name, x)
+
+
+def check_finite(where: str, name: str, x: Tensor):
+    require(is_finite(x), f"{where}: {name} has values that are not finite")
+
+
+def read_log(path: Path, step: int) -> list[dict]:
+    """The log's lines up to a step. It is only a log: where lines are missing or broken, a warning says so."""
+    kept = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            found = json.loads(line)
+            if is_log_line(found) and found["step"] <= step:
+                kept[found["step"]] = found
+        except (ValueError, RecursionError):
+            continue
+    if len(kept) < step:
+        warn(f"{path} lacks {step - len(kept)} of {step} steps, or their lines are broken: going on without them")
+    return [kept[number] for number in sorted(kept)]
+
+
+def is_log_line(line) -> bool:
+    fits = isinstance(line, dict) and line.keys() == {"step", "loss", "answer_loss"} and is_count(line["step"])
+    return fits and all(type(line[name]) is float and math.isfinite(line[name]) for name in ("loss", "answer_loss"))
