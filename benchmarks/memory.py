@@ -10,6 +10,7 @@ float32, as a share of their size. The third: perplexity of the tokens right aft
 """
 
 import argparse
+import re
 import sys
 import time
 from collections import defaultdict
@@ -17,11 +18,12 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well, tell
+
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
 from cli.flags import add_model_flags, listed, number, parse_length, parser_for, short
 from cli.loading import TINY, load, pick_device
 from cli.texts import read_text
@@ -69,12 +71,12 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     prompt = prompt_ids(tokenizer, args.length, 0.3, "71428", book, torch.Generator().manual_seed(args.seed))
     found = {}
     for variant in variants:
-        tell("pass keys and perplexity", *variant)
+        tell_variant("pass keys and perplexity", *variant)
         value, _ = perplexity(models[variant], [torch.tensor(book)], WINDOWS, WINDOWS, stride=4)
         trials = measure(models[variant], tokenizer, args.model.name, fillers, args.length, args.trials, args.seed)
         found[variant] = f"{value:.2f}", f"{100 * share(trials):.0f}% ({len(trials)})"
     for i, variant in product(range(REPEATS), variants):
-        tell(f"time {i + 1} of {REPEATS}", *variant)
+        tell_variant(f"time {i + 1} of {REPEATS}", *variant)
         runs[variant].append(read_and_write(models[variant], torch.tensor([prompt], device=args.device)))
     right = runs[exact][0][0]
     for variant in variants:
@@ -85,8 +87,8 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     return rows
 
 
-def tell(text: str, mem_dtype: str, mem_topk: int | None):
-    print(f"{text}: {mem_dtype}, K {mem_topk or 'all'}", file=sys.stderr)
+def tell_variant(text: str, mem_dtype: str, mem_topk: int | None):
+    tell(f"{text}: {mem_dtype}, K {mem_topk or 'all'}")
 
 
 @torch.no_grad()
@@ -113,13 +115,13 @@ def overflow_table(args: argparse.Namespace) -> list[list[str]]:
     rows = [["keep_local", *(f"tokens {a + 1} to {b}" for a, b in zip(starts, SINCE))]]
     rows[0][1] = "token 1"
     for keep in (*args.keep_local, None):
-        print("no overflow" if keep is None else f"keep_local {keep}", file=sys.stderr)
+        tell("no overflow" if keep is None else f"keep_local {keep}")
         model, tokenizer = load(args.model, args.device, args.dtype, keep_local=keep)
         book = torch.tensor(read_book(args.text, tokenizer), device=args.device)
         losses = losses_after_overflow(model, book, kept=keep is None)
         rows.append(["no overflow" if keep is None else str(keep)])
         rows[-1] += [f"{losses[:, a:b].mean().exp():.1f}" for a, b in zip(starts, SINCE)]
-    print(f"{len(losses)} places", file=sys.stderr)
+    tell(f"{len(losses)} places")
     return rows
 
 
@@ -130,7 +132,7 @@ def parse_dtype(text: str) -> str:
 
 
 def parse_topk(text: str) -> int | None:
-    if text != "all" and not text.isdecimal():
+    if text != "all" and not re.fullmatch("[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of keys nor all")
     return None if text == "all" else number(int, 1)(text)
 

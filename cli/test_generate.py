@@ -10,6 +10,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 
+from cli.ending import UserError, user_errors
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +19,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import generate
-from cli.ending import UserError, user_errors
 from cli.loading import TINY, load
 from cli.progress import Progress, process_peak, statistics
 from cli.test_ending import ROOT, one_line, run_main, run_program

@@ -17,10 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import UserError, ending_well, say, tell, user_errors
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import UserError, ending_well, user_errors
 from cli.flags import (
     MEMORY_FLAGS,
     SAMPLING_FLAGS,
@@ -225,17 +226,13 @@ def lines() -> Iterator[str]:
             print()
 
 
-def tell(text: str):
-    print(text, file=sys.stderr, flush=True)
-
-
-def say(answer: Iterator[str]):
+def say_all(answer: Iterator[str]):
     """Prints an answer as it comes, on lines of its own."""
     try:
         for text in answer:
-            print(text, end="", flush=True)
+            say(text)
     finally:
-        print(flush=True)
+        say("\n")
 
 
 def converse(chat: Conversation, lines: Iterator[str], stoppable: bool = True) -> bool:
@@ -247,9 +244,9 @@ def converse(chat: Conversation, lines: Iterator[str], stoppable: bool = True) -
         try:
             with user_errors():
                 if line.startswith("/"):
-                    tell(chat.command(line))
+                    tell(*chat.command(line).splitlines())
                 elif line.strip():
-                    say(chat.answer(line))
+                    say_all(chat.answer(line))
         except KeyboardInterrupt:
             if not stoppable:
                 raise
@@ -284,7 +281,7 @@ def run(args: argparse.Namespace) -> bool:
     chat = Conversation(model, tokenizer, FORMATS[args.format], args.fork, **sampling)
     chat.begin(document, args.load_memory, show_progress=sys.stderr.isatty())
     if terminal:
-        tell(f"{chat.memory()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        tell(chat.memory(), "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
     return converse(chat, lines(), stoppable=terminal)
 
 
