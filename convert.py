@@ -21,11 +21,12 @@ from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
+from cli.ending import ending_well, out_of_memory
+
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cli.ending import ending_well, out_of_memory
 from cli.flags import parser_for
 from cli.loading import DTYPES
 from fast import FastConfig

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import ending_well
+
 from cli.flags import parser_for
 from training.data import DATA
 
