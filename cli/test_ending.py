@@ -157,7 +157,9 @@ def test_streams_that_are_closed_or_lack_a_character_are_no_mistake(monkeypatch)
     assert ascii_only.buffer.getvalue() == b"?a\n"
 
 
-PROGRAM = "from cli.ending import ending_well\nfrom cli.flags import parser_for\nwith ending_well(parser_for('It prints.')):\n    "
+PROGRAM = (
+    "from cli.ending import ending_well\nfrom cli.flags import parser_for\nwith ending_well(parser_for('')):\n    "
+)
 
 
 def test_a_program_whose_output_nobody_reads_ends_quietly():
