@@ -6,7 +6,8 @@
 
 The first two: pass keys found in prompts of --length tokens, perplexity of the text with 64 windows in memory, the time to read a
 prompt and to write a token after it, and how far the logits of the key's first token are from those with all of memory in
-float32, as a share of their size. The third: perplexity of the tokens right after an overflow, by how many tokens ago that was.
+float32, as a share of their size. The third: perplexity of the tokens right after an overflow, by how many tokens ago that was,
+and of all tokens behind the first window where the text is read as a conversation is, in turns.
 """
 
 import argparse
@@ -30,7 +31,6 @@ from cli.texts import read_text
 from experiments.passkey import measure, share
 from experiments.perplexity import perplexity
 from fast import MEM_DTYPES, FastLlama
-from tokenizer import Tokenizer
 from training.tasks import GRASS, prompt_ids
 
 WINDOWS = 64  # of memory, for perplexity
@@ -38,6 +38,7 @@ BEFORE = 8  # windows read before an overflow
 STEPS = 32  # tokens written to take the time of one
 REPEATS = 3  # of all that is timed, interleaved
 SINCE = (1, 4, 16, 64)  # tokens since an overflow
+QUESTION, ANSWER, TURNS = 40, 60, 8  # tokens that are read at once, and one by one, and how often
 COLUMNS = ["mem_dtype", "K", "bytes/token", "logit error", "perplexity"]
 
 
@@ -54,10 +55,6 @@ def read_and_write(model: FastLlama, ids: torch.Tensor) -> tuple[torch.Tensor, f
     return logits.float(), reading, median(times), cache.memory_bytes / cache.memory_length
 
 
-def read_book(path: Path, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(read_text(path, "--text"), bos=False)
-
-
 def memory_table(args: argparse.Namespace) -> list[list[str]]:
     rows = [COLUMNS + [f"pass keys, {short(args.length)}", "read, s", "ms/token"]]
     exact = ("float32", None)
@@ -66,7 +63,7 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     for mem_dtype, mem_topk in variants:
         model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
         models[mem_dtype, mem_topk] = model
-    book = read_book(args.text, tokenizer)
+    book = tokenizer.encode(args.text, bos=False)
     fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}
     prompt = prompt_ids(tokenizer, args.length, 0.3, "71428", book, torch.Generator().manual_seed(args.seed))
     found = {}
@@ -110,17 +107,30 @@ def losses_after_overflow(model: FastLlama, book: torch.Tensor, kept: bool) -> t
     return torch.cat(losses)
 
 
+@torch.no_grad()
+def perplexity_in_turns(model: FastLlama, book: torch.Tensor) -> float:
+    """Of the book, a conversation in each row of a batch, without the first window."""
+    T, cache, at, losses = TURNS * (QUESTION + ANSWER), None, 0, []
+    ids = book.unfold(0, T + 1, T)
+    for n in (QUESTION, *[1] * ANSWER) * TURNS:
+        logits, cache = model(ids[:, at : at + n], cache)
+        losses.append(F.cross_entropy(logits.float().mT, ids[:, at + 1 : at + n + 1], reduction="none"))
+        at += n
+    return torch.cat(losses, dim=1)[:, model.config.max_position_embeddings :].mean().exp().item()
+
+
 def overflow_table(args: argparse.Namespace) -> list[list[str]]:
     starts = (0, *SINCE[:-1])
     rows = [["keep_local", *(f"tokens {a + 1} to {b}" for a, b in zip(starts, SINCE))]]
-    rows[0][1] = "token 1"
+    rows[0][1:2], rows[0][len(SINCE) + 1 :] = ["token 1"], ["in turns"]
     for keep in (*args.keep_local, None):
         tell("no overflow" if keep is None else f"keep_local {keep}")
         model, tokenizer = load(args.model, args.device, args.dtype, keep_local=keep)
-        book = torch.tensor(read_book(args.text, tokenizer), device=args.device)
+        book = torch.tensor(tokenizer.encode(args.text, bos=False), device=args.device)
         losses = losses_after_overflow(model, book, kept=keep is None)
         rows.append(["no overflow" if keep is None else str(keep)])
         rows[-1] += [f"{losses[:, a:b].mean().exp():.1f}" for a, b in zip(starts, SINCE)]
+        rows[-1].append("-" if keep is None else f"{perplexity_in_turns(model, book):.1f}")
     tell(f"{len(losses)} places")
     return rows
 
@@ -165,7 +175,7 @@ def main():
     )
     args = parser.parse_args()
     with ending_well(parser):
-        args.device = pick_device(args.device)
+        args.device, args.text = pick_device(args.device), read_text(args.text, "--text")
         rows = overflow_table(args) if args.keep_local else memory_table(args)
         rows.insert(1, ["---"] * len(rows[0]))
         print("\n".join(f"| {' | '.join(row)} |" for row in rows))

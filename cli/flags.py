@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        for flag, _, value in (word.partition("=") for word in (sys.argv[1:] if args is None else args)):
+            if flag.startswith("--") and value == "--":  # some Pythons take that for an empty list
+                self.error(f"argument {flag}: expected a value, not --")
+        return super().parse_known_args(args, namespace)
 
 
 def parser_for(doc: str) -> argparse.ArgumentParser:
