@@ -4,6 +4,7 @@ Truth is the same ids fed to the model by hand, segment by segment.
 """
 
 import io
+import json
 import os
 import select
 import signal
@@ -284,9 +285,33 @@ def test_a_full_window_without_memory_is_one_line(tiny, capsys):
     assert not converse(chat, iter([TEXTS[0], TEXTS[1]]))
     out, err = capsys.readouterr()
     assert err.count("\n") == 3 and err.count("/reset") == 2 and "exceed the window of 256" in err
-    assert err.startswith("chat.py: warning: ") or "warning: " in err.partition("\n")[0]
+    assert "warning: " in err.partition("\n")[0]
     assert len(out) > 100 and chat.past.cache.local_length == 256
     assert converse(chat, iter(["/reset"]))
+
+
+@pytest.mark.parametrize("settings, warned", [({}, 1), ({"keep_local": 64}, 0), ({"mem_layers": []}, 1)])
+def test_an_overflow_is_warned_of_once(settings, warned, tiny, capsys):
+    chat = conversation((FastLlama.from_pretrained(TINY, **settings), tiny[1]), max_new_tokens=2)
+    assert converse(chat, iter(["Hello", "the sea " * 30]))
+    assert capsys.readouterr().err == ""  # as long as all fits
+    chat.sampling["max_new_tokens"] = 250
+    chat.answer = lambda text: iter(["as it may be"])
+    assert converse(chat, iter(["Hello"] * 3), stoppable=False)
+    out, err = capsys.readouterr()
+    assert err.count("warning: ") == err.count("exceed the window of 256") == warned
+    assert out == "as it may be\n\nas it may be\n\nas it may be\n"
+
+
+@pytest.mark.parametrize(
+    "flags, written, kept", [([], 0, 64), (["--keep-local", "0"], 9, 0), ([], 9, 9), (["--keep-local", "8"], 0, 8)]
+)
+def test_a_quarter_of_the_window_stays_local_if_nothing_says_otherwise(flags, written, kept, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((TINY / "config.json").read_text()) | {"keep_local": written})
+    )
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path), *flags])
+    assert program.memory_settings(program.arguments()[1])["keep_local"] == kept
 
 
 def chat_process(lines: str | bytes, *flags: str) -> subprocess.CompletedProcess:
@@ -395,20 +420,16 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends():
         assert screen.process.wait(30) == 0
 
 
-@pytest.mark.parametrize(
-    "paste",
-    [b"\x1b[200~one\rtwo\rthree\r\x1b[201~\r", b"one\rtwo\rthree\r", b"one\rtwo\r/memory\r"],
-    ids=["as pasted", "by a terminal that does not tell", "with a command"],
-)
-@pytest.mark.parametrize("before", ["", "import sys; sys.modules['readline'] = None; "], ids=["readline", "without"])
-def test_lines_that_are_pasted_together_are_one_question(paste, before):
-    """Whether there is a line editor or not."""
-    run = (
-        f"{before}import runpy; sys.argv[1:] = ['--max-new-tokens', '2']; runpy.run_path({CHAT!r}, run_name='__main__')"
-    )
-    if before and paste.startswith(b"\x1b"):
-        pytest.skip("nobody asked the terminal to tell")
-    with Screen("-c", "import sys; " + run) as screen:
+TOLD, LINES, COMMAND = b"\x1b[200~one\rtwo\rthree\r\x1b[201~\r", b"one\rtwo\rthree\r", b"one\rtwo\r/memory\r"
+PASTES = [(TOLD, True), (LINES, True), (LINES, False), (COMMAND, True), (COMMAND, False)]
+
+
+@pytest.mark.parametrize("paste, editor", PASTES)
+def test_lines_that_are_pasted_together_are_one_question(paste, editor):
+    """Whether there is a line editor or not, and whether the terminal tells what was pasted or not."""
+    without = "sys.modules['readline'] = None; " * (not editor)
+    run = f"import runpy; sys.argv[1:] = ['--max-new-tokens', '2']; runpy.run_path({CHAT!r}, run_name='__main__')"
+    with Screen("-c", "import sys; " + without + run) as screen:
         screen.wait_for(b"Ctrl-D ends.")
         screen.wait_for(b"> ", paste)
         if b"/memory" not in paste:
