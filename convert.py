@@ -21,10 +21,11 @@ from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
+from cli.ending import ending_well, first_line, out_of_memory, warn
+
 import torch
 from torch import Tensor
 
-from cli.ending import ending_well, first_line, out_of_memory, warn
 from cli.flags import parser_for
 from cli.loading import DTYPES, read_tokenizer, unlike_its_config, with_special_ids
 from fast import FastConfig

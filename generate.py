@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from cli.ending import ending_well, say, tell, warn
+
 import torch
 
-from cli.ending import ending_well
 from cli.flags import (
     MEMORY_FLAGS,
     SAMPLING_FLAGS,
@@ -72,10 +73,10 @@ def run(args: argparse.Namespace):
     if args.save_memory:
         check_kept(cache)  # before a long prompt is read
     ids = torch.tensor([tokenizer.encode(prompt, bos=not args.load_memory)], dtype=torch.long, device=device)
-    T, decoder, new = ids.shape[1], StreamDecoder(tokenizer, continues=bool(prompt)), 0
+    T, decoder, new, unsaved = ids.shape[1], StreamDecoder(tokenizer, continues=bool(prompt)), 0, None
     if not args.quiet:
         for warning in warnings(prompt, T, args.max_new_tokens, model, cache):
-            print(f"generate.py: warning: {warning}", file=sys.stderr)
+            warn(warning)
     progress = Progress(model, T, shown=not args.quiet and sys.stderr.isatty())
     times = [time.perf_counter()]
     most = max(args.max_new_tokens, 1) if args.save_memory else args.max_new_tokens  # the first comes when all is read
@@ -86,17 +87,22 @@ def run(args: argparse.Namespace):
             if new == 0:
                 progress.close()
                 if args.save_memory:  # the cache holds the prompt and not yet this token
-                    save_memory(args.save_memory, cache, model, digest)
+                    try:
+                        save_memory(args.save_memory, cache, model, digest)
+                    except Exception as error:
+                        unsaved = error  # the text comes all the same
             if new == args.max_new_tokens:
                 break
             new += 1
-            print(decoder.feed(token), end="", flush=True)
+            say(decoder.feed(token))
     finally:  # after Ctrl-C too
         progress.close()
         if new:
-            print(decoder.flush(), flush=True)
+            say(decoder.flush() + "\n")
         if len(times) > 1 and not args.quiet:
-            print(statistics(cache, progress, T, times, device), file=sys.stderr)
+            tell(statistics(cache, progress, T, times, device))
+        if unsaved:
+            raise unsaved from None
 
 
 def main():
@@ -104,7 +110,7 @@ def main():
     with ending_well(parser):
         run(parser.parse_args(flags or demonstration()))
         if not flags:
-            print(DEMONSTRATION, file=sys.stderr)
+            tell(*DEMONSTRATION.splitlines())
 
 
 if __name__ == "__main__":

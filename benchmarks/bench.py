@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import os
 import re
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -27,12 +26,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well, out_of_memory, tell
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well, out_of_memory
 from cli.flags import number, parse_lengths, parser_for
 from cli.loading import DTYPES, TINY, pick_device
 from cli.progress import process_peak
@@ -293,8 +293,7 @@ def measure_growth(args: argparse.Namespace, T: int, name: str, mem_dtype: str) 
 
 def growth_alone(*line) -> int | None:
     """`measure_growth` in a fresh process; None if it does not fit."""
-    ends_at_once = (signal.SIGINT, signal.SIG_DFL)  # by Ctrl-C, which this process is waiting for
-    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ends_at_once) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         future = pool.submit(measure_growth, *line)
         error = future.exception()
     return None if isinstance(error, BrokenExecutor) or out_of_memory(error) else future.result()
@@ -368,7 +367,7 @@ def run(args: argparse.Namespace):
     lines = [(T, *variant) for T in args.prompt_tokens for variant in variants]
     grown, runs, peaks = {}, defaultdict(list), []
     for line in lines:  # first, while this process is small: a child's peak begins at its parent's
-        print("memory:", *line, file=sys.stderr)
+        tell(f"memory: {' '.join(map(str, line))}")
         grown[line] = growth_alone(args, *line)
     if all(growth is None for growth in grown.values()):
         raise ValueError("nothing of that fits into memory: try a shorter --prompt-tokens, or a smaller --batch")
@@ -379,7 +378,7 @@ def run(args: argparse.Namespace):
         measure(reader(*variants[0], model), model, args.batch, 4 * model.config.max_position_embeddings, steps=4)
     for i in range(args.repeats):
         for line in [line for line in lines if grown[line] is not None]:
-            print(f"repeat {i + 1}:", *line, file=sys.stderr)
+            tell(f"repeat {i + 1}: {' '.join(map(str, line))}")
             T, *variant = line
             peaks.append(measure_peaks(args.device, args.dtype))
             runs[line].append(measure(reader(*variant, model), model, args.batch, T, args.decode))

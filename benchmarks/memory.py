@@ -6,10 +6,12 @@
 
 The first two: pass keys found in prompts of --length tokens, perplexity of the text with 64 windows in memory, the time to read a
 prompt and to write a token after it, and how far the logits of the key's first token are from those with all of memory in
-float32, as a share of their size. The third: perplexity of the tokens right after an overflow, by how many tokens ago that was.
+float32, as a share of their size. The third: perplexity of the tokens right after an overflow, by how many tokens ago that was,
+and of all tokens behind the first window where the text is read as a conversation is, in turns.
 """
 
 import argparse
+import re
 import sys
 import time
 from collections import defaultdict
@@ -17,18 +19,18 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well, tell
+
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
 from cli.flags import add_model_flags, listed, number, parse_length, parser_for, short
 from cli.loading import TINY, load, pick_device
 from cli.texts import read_text
 from experiments.passkey import measure, share
 from experiments.perplexity import perplexity
 from fast import MEM_DTYPES, FastLlama
-from tokenizer import Tokenizer
 from training.tasks import GRASS, prompt_ids
 
 WINDOWS = 64  # of memory, for perplexity
@@ -36,6 +38,7 @@ BEFORE = 8  # windows read before an overflow
 STEPS = 32  # tokens written to take the time of one
 REPEATS = 3  # of all that is timed, interleaved
 SINCE = (1, 4, 16, 64)  # tokens since an overflow
+QUESTION, ANSWER, TURNS = 40, 60, 8  # tokens that are read at once, and one by one, and how often
 COLUMNS = ["mem_dtype", "K", "bytes/token", "logit error", "perplexity"]
 
 
@@ -52,10 +55,6 @@ def read_and_write(model: FastLlama, ids: torch.Tensor) -> tuple[torch.Tensor, f
     return logits.float(), reading, median(times), cache.memory_bytes / cache.memory_length
 
 
-def read_book(path: Path, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(read_text(path, "--text"), bos=False)
-
-
 def memory_table(args: argparse.Namespace) -> list[list[str]]:
     rows = [COLUMNS + [f"pass keys, {short(args.length)}", "read, s", "ms/token"]]
     exact = ("float32", None)
@@ -64,17 +63,17 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     for mem_dtype, mem_topk in variants:
         model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
         models[mem_dtype, mem_topk] = model
-    book = read_book(args.text, tokenizer)
+    book = tokenizer.encode(args.text, bos=False)
     fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}
     prompt = prompt_ids(tokenizer, args.length, 0.3, "71428", book, torch.Generator().manual_seed(args.seed))
     found = {}
     for variant in variants:
-        tell("pass keys and perplexity", *variant)
+        tell_variant("pass keys and perplexity", *variant)
         value, _ = perplexity(models[variant], [torch.tensor(book)], WINDOWS, WINDOWS, stride=4)
         trials = measure(models[variant], tokenizer, args.model.name, fillers, args.length, args.trials, args.seed)
         found[variant] = f"{value:.2f}", f"{100 * share(trials):.0f}% ({len(trials)})"
     for i, variant in product(range(REPEATS), variants):
-        tell(f"time {i + 1} of {REPEATS}", *variant)
+        tell_variant(f"time {i + 1} of {REPEATS}", *variant)
         runs[variant].append(read_and_write(models[variant], torch.tensor([prompt], device=args.device)))
     right = runs[exact][0][0]
     for variant in variants:
@@ -85,8 +84,8 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     return rows
 
 
-def tell(text: str, mem_dtype: str, mem_topk: int | None):
-    print(f"{text}: {mem_dtype}, K {mem_topk or 'all'}", file=sys.stderr)
+def tell_variant(text: str, mem_dtype: str, mem_topk: int | None):
+    tell(f"{text}: {mem_dtype}, K {mem_topk or 'all'}")
 
 
 @torch.no_grad()
@@ -108,18 +107,31 @@ def losses_after_overflow(model: FastLlama, book: torch.Tensor, kept: bool) -> t
     return torch.cat(losses)
 
 
+@torch.no_grad()
+def perplexity_in_turns(model: FastLlama, book: torch.Tensor) -> float:
+    """Of the book, a conversation in each row of a batch, without the first window."""
+    T, cache, at, losses = TURNS * (QUESTION + ANSWER), None, 0, []
+    ids = book.unfold(0, T + 1, T)
+    for n in (QUESTION, *[1] * ANSWER) * TURNS:
+        logits, cache = model(ids[:, at : at + n], cache)
+        losses.append(F.cross_entropy(logits.float().mT, ids[:, at + 1 : at + n + 1], reduction="none"))
+        at += n
+    return torch.cat(losses, dim=1)[:, model.config.max_position_embeddings :].mean().exp().item()
+
+
 def overflow_table(args: argparse.Namespace) -> list[list[str]]:
     starts = (0, *SINCE[:-1])
     rows = [["keep_local", *(f"tokens {a + 1} to {b}" for a, b in zip(starts, SINCE))]]
-    rows[0][1] = "token 1"
+    rows[0][1:2], rows[0][len(SINCE) + 1 :] = ["token 1"], ["in turns"]
     for keep in (*args.keep_local, None):
-        print("no overflow" if keep is None else f"keep_local {keep}", file=sys.stderr)
+        tell("no overflow" if keep is None else f"keep_local {keep}")
         model, tokenizer = load(args.model, args.device, args.dtype, keep_local=keep)
-        book = torch.tensor(read_book(args.text, tokenizer), device=args.device)
+        book = torch.tensor(tokenizer.encode(args.text, bos=False), device=args.device)
         losses = losses_after_overflow(model, book, kept=keep is None)
         rows.append(["no overflow" if keep is None else str(keep)])
         rows[-1] += [f"{losses[:, a:b].mean().exp():.1f}" for a, b in zip(starts, SINCE)]
-    print(f"{len(losses)} places", file=sys.stderr)
+        rows[-1].append("-" if keep is None else f"{perplexity_in_turns(model, book):.1f}")
+    tell(f"{len(losses)} places")
     return rows
 
 
@@ -130,7 +142,7 @@ def parse_dtype(text: str) -> str:
 
 
 def parse_topk(text: str) -> int | None:
-    if text != "all" and not text.isdecimal():
+    if text != "all" and not re.fullmatch("[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of keys nor all")
     return None if text == "all" else number(int, 1)(text)
 
@@ -163,7 +175,7 @@ def main():
     )
     args = parser.parse_args()
     with ending_well(parser):
-        args.device = pick_device(args.device)
+        args.device, args.text = pick_device(args.device), read_text(args.text, "--text")
         rows = overflow_table(args) if args.keep_local else memory_table(args)
         rows.insert(1, ["---"] * len(rows[0]))
         print("\n".join(f"| {' | '.join(row)} |" for row in rows))

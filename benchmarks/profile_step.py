@@ -10,12 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench import SHAPES, random_ids, random_model
-from cli.ending import ending_well
 from cli.flags import number, parse_length, parser_for
 from cli.loading import DTYPES, pick_device
 

@@ -12,12 +12,13 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well
+
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
-from cli.flags import parser_for
+from cli.flags import check_new_folder, parser_for
 from convert import write_config
 from fast import FastConfig, FastLlama
 
@@ -32,11 +33,12 @@ SHARDS = 4
 
 
 def make(layout: str, tokenizer: Path, output: Path):
-    output.mkdir(parents=True)
-    shutil.copyfile(tokenizer, output / "tokenizer.model")
     config = FastConfig(**CONFIG)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in FastLlama(config).hf_tensors().items()}
+    check_new_folder("--output", output, sum(2 * shape.numel() for shape in shapes.values()))
+    output.mkdir(parents=True)
+    shutil.copyfile(tokenizer, output / "tokenizer.model")
     torch.manual_seed(0)
     tensors = {
         name: torch.ones(shape, dtype=torch.bfloat16)

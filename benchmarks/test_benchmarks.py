@@ -60,7 +60,8 @@ def test_each_implementation_gets_a_line_of_numbers():
 
 
 def test_what_does_not_fit_is_said():
-    done = run("bench.py", "--shape", "tiny", "--device", "cpu", "--prompt-tokens", "99999999M", "--compare", "")
+    huge = ("--batch", "268435456", "--prompt-tokens", "256M")
+    done = run("bench.py", "--shape", "tiny", "--device", "cpu", *huge, "--compare", "")
     assert done.returncode == 2 and done.stdout == "" and "nothing of that fits" in done.stderr
 
 
@@ -112,7 +113,29 @@ def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overfl
     assert exact == 0 < coarse < 0.1 and few > 0
     rows = table("--keep-local", "0,64")
     assert [row[0] for row in rows] == ["0", "64", "no overflow"]
-    assert float(rows[0][1]) > float(rows[1][1])
+    assert float(rows[0][1]) > float(rows[1][1]) and float(rows[0][5]) > float(rows[1][5])
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("bench.py", ["--prompt-tokens", "1k,257M"]), ("bench.py", ["--decode", "9" * 30]), ("bench.py", ["--batch", "1_0"]),
+        ("bench.py", ["--compare", "naive\n\x1b[2J"]), ("bench.py", ["--device", "a\nb"]), ("bench.py", ["--repeats", "inf"]),
+        ("memory.py", ["--mem-topk", "16,١٢"]), ("memory.py", ["--mem-topk", "9" * 30]), ("memory.py", ["--text", "no\nfile"]),
+        ("memory.py", ["--keep-local", "0,-1"]), ("memory.py", ["--length", "0k"]), ("memory.py", ["--text=--"]),
+        ("profile_step.py", ["--rows", "1e3"]), ("profile_step.py", ["--device", "cuda:99"]), ("profile_step.py", ["--rows=--"]),
+        *(("random_checkpoint.py", ["--layout", "bin", "--tokenizer", str(TINY / "tokenizer.model"), "--output", path])
+          for path in (str(TINY / "book.txt"), str(TINY / "book.txt" / "x"), "n" * 256, "/dev/full", str(TINY))),
+    ],
+    ids=lambda x: str(x)[:40],
+)  # fmt: skip
+def test_mistakes_in_flags_are_one_line_and_status_2(script, flags, monkeypatch, capsys):
+    program = importlib.import_module(f"benchmarks.{Path(script).stem}")
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as stop:
+        program.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and re.fullmatch(f"{script}: error: [^\n\x1b]+\n", err), err
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)

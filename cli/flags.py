@@ -1,22 +1,39 @@
 """Flags, and the types of their values."""
 
 import argparse
+import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from cli.ending import first_line
+from cli.ending import first_line, printable
+
 from cli.loading import DTYPES, TINY
 from cli.texts import hide_key, read_text
 from fast import MEM_DTYPES
 from fast.files import check_writable
+from fast.model import LARGEST
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, whatever was in the flags."""
+
+    def error(self, message: str):
+        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        for flag, _, value in (word.partition("=") for word in (sys.argv[1:] if args is None else args)):
+            if flag.startswith("--") and value == "--":  # some Pythons take that for an empty list
+                self.error(f"argument {flag}: expected a value, not --")
+        return super().parse_known_args(args, namespace)
 
 
 def parser_for(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help begins with the first line of a program's docstring, and ends with the commands in it."""
     commands = "\n".join(re.findall(r"^    .*", doc, re.MULTILINE))
-    return argparse.ArgumentParser(
+    return Parser(
         description=doc.split("\n")[0],
         usage=argparse.SUPPRESS,
         epilog=f"examples:\n{commands}",
@@ -24,20 +41,36 @@ def parser_for(doc: str) -> argparse.ArgumentParser:
     )
 
 
-def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
-    """An argparse type: a number from low (or, with above, from just above it) to high."""
+# What a number is written as: `int` and `float` alone take other digits, 1_000, nan and spaces, and give up on 5,000 digits.
+NUMBERS = {int: r"[+-]?[0-9]{1,4000}", float: r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
+HIGHEST = {int: LARGEST, float: 1e38}
+
+
+def number(kind: type, low: float, high: float | None = None):
+    """An argparse type: a number from low to high, or to what is far beyond all use."""
+    high = HIGHEST[kind] if high is None else high
 
     def parse(text: str):
+        if not re.fullmatch(NUMBERS[kind], text):
+            raise ValueError
         value = kind(text)
-        if not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {'above' if above else 'at least'} {low}"
-                + f" and at most {high}" * (high < float("inf"))
-            )
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low} and at most {high}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
+
+
+def parse_temperature(text: str) -> float:
+    """An argparse type: what `FastLlama.generate` takes."""
+    value = number(float, 0)(text)
+    if 0 < value < 1e-5:
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 nor at least 1e-5")
+    return value
+
+
+parse_temperature.__name__ = "number"
 
 
 def listed(parse: Callable) -> Callable:
@@ -54,9 +87,10 @@ def parse_length(text: str) -> int:
     """An argparse type: 512, 16k or 1M."""
     units = {"k": 1 << 10, "M": 1 << 20}
     digits, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    if not digits.isdecimal() or int(digits) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no length such as 512, 16k or 1M")
-    return int(digits) * unit
+    try:
+        return number(int, 1, LARGEST // unit)(digits) * unit
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no length such as 512, 16k or 1M, of at most 256M") from None
 
 
 parse_lengths = listed(parse_length)
@@ -112,9 +146,9 @@ SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
 def add_sampling_flags(parser: argparse.ArgumentParser):
     """SAMPLING_FLAGS, which `LongLlama.generate` takes."""
     add = parser.add_argument
-    add("--temperature", type=number(float, 0), default=0.8, metavar="X", help="0: always the likeliest (default 0.8)")
+    add("--temperature", type=parse_temperature, default=0.8, metavar="X", help="0: always the likeliest (default 0.8)")
     add("--top-k", type=number(int, 1), metavar="K", help="draw from the K likeliest tokens")
-    add("--top-p", type=number(float, 0, 1, above=True), metavar="P", help="draw from the likeliest of probability P")
+    add("--top-p", type=number(float, 1e-6, 1), metavar="P", help="draw from the likeliest of probability P")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
 
 
@@ -136,7 +170,8 @@ def demonstration() -> list[str]:
 
 def check_new_file(flag: str, path: Path, nbytes: int = 0):
     """Refuses, before the work begins, a path that its result, of so many bytes if they are known, could not be written to."""
-    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
+    taken = os.path.exists(path) and not os.path.isfile(path)  # unlike Path's own, they raise nothing for long names
+    if taken or not os.path.isdir(os.path.dirname(os.path.realpath(path))):
         raise ValueError(f"{flag} {path}: name a file, not a folder or device, in a folder that exists")
     try:
         check_writable(path, nbytes)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from cli.ending import first_line, warn
+
 import torch
 
-from cli.ending import warn
 from fast import FastConfig, FastLlama
 from fast.files import instead, read_json, unread
 from fast.folder import check_folder
@@ -88,7 +89,7 @@ def own_memory(name: str) -> Callable:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--memory {file} does not run: {type(error).__name__}: {error}") from None
+        raise ValueError(f"--memory {file} does not run: {type(error).__name__}: {first_line(error)}") from None
     found = getattr(module, kind, None)
     if not inspect.isclass(found) or not all(hasattr(found, part) for part in ("append", "attend", "fork")):
         raise ValueError(f"--memory {name}: {file} has no class {kind} with append, attend and fork")
@@ -132,11 +133,23 @@ def added_ids(folder: Path) -> set[int]:
 
 def warnings(prompt: str, T: int, new: int, model: FastLlama, cache: Cache) -> Iterator[str]:
     """What may surprise about a prompt of T tokens that is read after what the cache holds, and `new` tokens after it."""
-    config = model.config
     if prompt.lstrip().startswith("<s>"):
         yield "the prompt begins with the text <s>; the bos token is added without it, so leave it out"
+    yield from overflow_warnings(T, new, model, cache)
+
+
+def overflow_warnings(T: int, new: int, model: FastLlama, cache: Cache) -> Iterator[str]:
+    """Whether T tokens and `new` ones after them fill the window so that the text suffers, or ends."""
+    config = model.config
     start, stop, keep = split_into_windows(T, config.last_context_length, cache, config)[-1]
     window, local = config.max_position_embeddings, keep + stop - start
+    if (
+        not config.mem_layers and local <= window < local + new - 1
+    ):  # the last one is not read; a longer prompt is refused
+        yield (
+            f"{local} tokens and {new} new ones exceed the window of {window}, and without memory layers the text ends there: "
+            f"--max-new-tokens {window - local + 1} avoids it"
+        )
     if config.mem_layers and not config.keep_local and local + new > window:
         fits = f"--last-context-length {window - new} avoids it"
         if cache.local_length or new >= window:

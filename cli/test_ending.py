@@ -6,15 +6,21 @@ What the tests of programs share stands here: running a program's main, and the 
 import argparse
 import io
 import os
+import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+from cli.ending import UserError, ending_well, first_line, out_of_memory, printable, user_errors
 
 import pytest
 import torch
 
-from cli.ending import UserError, ending_well, first_line, out_of_memory, user_errors
+from cli.flags import parser_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,11 +81,48 @@ def test_the_first_line_of_an_error_names_the_file():
     assert not out_of_memory(RuntimeError("a bug")) and out_of_memory(RuntimeError("out of memory"))
 
 
+RAW = "a\x1b[2J\x1b]52;c;aGk=\x07b\x9bc\x7f\u202eok\u2066"  # clears a screen, fills a clipboard, turns letters around
+
+
+def test_what_steers_a_terminal_is_made_visible():
+    assert printable(RAW) == "a\ufffd[2J\ufffd]52;c;aGk=\ufffdb\ufffdc\ufffd\ufffdok\ufffd"
+    assert printable("one\ntwo\r\n\tthree\u2028four") == "one two   three four"
+    assert printable("one\ntwo\r\n\tthree", "\n\t") == "one\ntwo\ufffd\n\tthree"
+    plain = "é 日本語\u3000\u00a0क\u094d\u200dष 👩\u200d💻 \u200f\u05d0"  # joiners, spaces and marks of scripts stay
+    assert printable(plain) == printable(plain, "\n\t") == plain
+    codes = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
+    assert not {*printable("".join(codes))} & {*codes} and {*printable("".join(codes), "\n\t")} & {*codes} == {*"\n\t"}
+
+
+def on_a_terminal(*command) -> str:
+    """What a program of this repository writes to a terminal."""
+    pty = pytest.importorskip("pty")
+    outer, inner = pty.openpty()
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdin=inner, stdout=inner, stderr=inner)
+    os.close(inner)
+    written = b""
+    with suppress(OSError):  # Linux says so that the other end is closed
+        while part := os.read(outer, 4096):
+            written += part
+    os.close(outer)
+    process.wait()
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_text_of_a_model_is_cleaned_for_a_terminal_and_goes_elsewhere_as_it_is():
+    script = ["-c", f"from cli.ending import say, tell\nsay({RAW!r} + '\\n'); tell({RAW!r})"]
+    assert on_a_terminal(*script) == 2 * (printable(RAW) + "\n")
+    done = run_program(*script)
+    assert (done.stdout, done.stderr) == (RAW + "\n", printable(RAW) + "\n")
+
+
 def ends(capsys, error: BaseException | None, prints: str = "") -> tuple[int, str, str]:
     """Status, standard output and standard error of a program that prints something and then raises an error."""
     status = 0
     try:
-        with ending_well(argparse.ArgumentParser(prog="program.py", usage=argparse.SUPPRESS)):
+        parser = parser_for("It ends.")
+        parser.prog = "program.py"
+        with ending_well(parser):
             print(prints, end="")
             if error is not None:
                 raise error
@@ -93,6 +136,7 @@ def test_a_program_ends_with_a_line_and_status_2_or_quietly_where_its_user_stops
     for error in (UserError("what to do"), ValueError("what to do\nmore")):
         assert ends(capsys, error, "text") == (2, "text", "program.py: error: what to do\n")
     assert ends(capsys, FileNotFoundError(2, "No such file", "x")) == (2, "", "program.py: error: x: No such file\n")
+    assert ends(capsys, ValueError(f"no {RAW}\r")) == (2, "", f"program.py: error: no {printable(RAW)}\n")
     assert ends(capsys, KeyboardInterrupt(), "text so far") == (130, "text so far", "")
 
 
@@ -113,7 +157,9 @@ def test_streams_that_are_closed_or_lack_a_character_are_no_mistake(monkeypatch)
     assert ascii_only.buffer.getvalue() == b"?a\n"
 
 
-PROGRAM = "import argparse\nfrom cli.ending import ending_well\nwith ending_well(argparse.ArgumentParser()):\n    "
+PROGRAM = (
+    "from cli.ending import ending_well\nfrom cli.flags import parser_for\nwith ending_well(parser_for('')):\n    "
+)
 
 
 def test_a_program_whose_output_nobody_reads_ends_quietly():
@@ -123,3 +169,38 @@ def test_a_program_whose_output_nobody_reads_ends_quietly():
         done = run_program("-c", PROGRAM + script, capture_output=False, stdout=theirs, stderr=subprocess.PIPE)
         os.close(theirs)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_text_that_cannot_be_written_is_one_line():
+    for script in ("print('x' * 9)", "print('x' * 9, flush=True)", "[print('x' * 999) for _ in range(999)]"):
+        with open("/dev/full", "w") as full:
+            done = run_program("-c", PROGRAM + script, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (2, "-c: error: [Errno 28] No space left on device\n")
+
+
+PROGRAMS = [path for path in ROOT.glob("**/*.py") if "ending_well(parser)" in path.read_text(encoding="utf-8")]
+PROGRAMS = sorted(str(path.relative_to(ROOT)) for path in PROGRAMS if path.parent.name != "cli")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_while_torch_is_imported_ends_a_program_without_a_word(program, tmp_path):
+    """It comes in the midst of the import of a torch that says so, and then never ends."""
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(99)\n")
+    command = [sys.executable, str(ROOT / program), "--help"]
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # who runs the tests may have it ignored
+    options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(tmp_path)}, "preexec_fn": default, "text": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
+
+
+def test_packages_do_not_warn_in_front_of_a_program_and_imports_change_nothing_for_others(tmp_path):
+    says = "import signal, warnings\nwarnings.warn('of torch')\nprint(signal.getsignal(2) is signal.default_int_handler)\nexit()"
+    (tmp_path / "torch.py").write_text(says)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = run_program("generate.py", env=env)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+    done = run_program("-c", "import generate", env=env)
+    assert done.stdout == "True\n" and "UserWarning: of torch" in done.stderr

@@ -6,12 +6,23 @@ import re
 import shutil
 from pathlib import Path
 
+from cli.ending import UserError, user_errors
+
 import pytest
 import torch
 
-from cli.ending import UserError, user_errors
-from cli.flags import check_new_file, listed, number, parse_length, parse_lengths, parser_for, short
-from cli.loading import TINY, load, own_memory, pick_device, warnings
+from cli.flags import (
+    check_new_file,
+    check_new_folder,
+    listed,
+    number,
+    parse_length,
+    parse_lengths,
+    parse_temperature,
+    parser_for,
+    short,
+)
+from cli.loading import TINY, load, overflow_warnings, own_memory, pick_device, warnings
 from fast import FastLlama, FastMemory
 from fast.test_model import small_model
 from longllama import Cache, Memory
@@ -30,15 +41,31 @@ def refused(kind, text: str) -> bool:
 
 
 def test_numbers_are_within_their_limits():
-    share = number(float, 0, 1, above=True)
-    assert number(int, 1)("7") == 7 and share("1") == 1.0 and share("0.5") == 0.5 and number(float, 0)("0") == 0.0
+    share = number(float, 0.1, 1)
+    assert number(int, 1)("7") == 7 and share("1") == 1.0 and share(".5") == 0.5 and number(float, 0)("1e-9") == 1e-9
     for kind, texts in ((number(int, 1), ("0", "-3", "1.5", "many", "")), (share, ("0", "1.7", "nan", "-1", "x"))):
         assert all(refused(kind, text) for text in texts)
-    with pytest.raises(argparse.ArgumentTypeError, match="^0 is not above 0 and at most 1$"):
+    with pytest.raises(argparse.ArgumentTypeError, match="^0 is not at least 0.1 and at most 1$"):
         share("0")
-    with pytest.raises(argparse.ArgumentTypeError, match="^0 is not at least 1$"):
-        number(int, 1)("0")
-    assert refused(number(float, 0), "nan") and not refused(number(float, 0), "1e9")
+    assert not refused(number(float, 0), "1e9") and refused(number(float, 0), "1e39")
+    assert number(int, 0, 2**63 - 1)(str(2**63 - 1)) == 2**63 - 1 and number(int, 1)(str(2**28)) == 2**28
+
+
+@pytest.mark.parametrize("text", ["1_0", "١٢", "１", " 5", "5 ", "5\n", "0x10", "²", "", "+", "1e2e3"])
+def test_numbers_are_written_in_plain_digits(text):
+    for kind in (number(int, 0), number(float, 0), parse_length, parse_temperature):
+        assert refused(kind, text)
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "1e999", "1" * 5000, "9" * 30, str(2**28 + 1), "1e400k"])
+def test_numbers_beyond_all_use_are_refused_and_not_counted_up_to(text):
+    assert refused(number(int, 0), text) and refused(parse_length, text)
+    assert refused(parse_length, "257M") and parse_length("256M") == 2**28
+
+
+def test_temperatures_too_small_to_divide_by_are_refused():
+    assert parse_temperature("0") == 0 and parse_temperature("1e-5") == 1e-5
+    assert all(refused(parse_temperature, text) for text in ("1e-6", "1e-46", "-1"))
 
 
 def test_lengths_are_written_short_and_read_back():
@@ -59,11 +86,34 @@ def test_help_begins_with_what_a_program_does_and_ends_with_its_commands():
 
 def test_a_new_file_may_replace_a_file_and_nothing_else(tmp_path):
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file", tmp_path / "new", Path("new")):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for path in (tmp_path / "file", tmp_path / "new", tmp_path / "link", Path("new")):
         check_new_file("--save-memory", path)
-    for path in (tmp_path, tmp_path / "missing" / "new", Path("/dev/null")):
+    for path in (tmp_path, tmp_path / "missing" / "new", Path("/dev/null"), tmp_path / "file" / "new"):
         with pytest.raises(ValueError, match=f"^--save-memory {path}: name a file"):
             check_new_file("--save-memory", path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+LOOP, PROC = "loop", "/proc/new"
+
+
+@pytest.mark.parametrize("name, why", [("n" * 256, "too long"), (LOOP, ""), (f"{LOOP}/x", ""), (PROC, "")])
+@pytest.mark.parametrize("check", [check_new_file, check_new_folder])
+def test_where_a_result_cannot_be_written_is_found_by_trying(name, why, check, tmp_path):
+    if name == PROC and not Path("/proc").is_dir():
+        pytest.skip("needs /proc")
+    (tmp_path / LOOP).symlink_to(tmp_path / LOOP)
+    with pytest.raises(ValueError, match=f"^--output {re.escape(str(tmp_path / name))}.*{why}") as raised:
+        check("--output", tmp_path / name)
+    assert "\n" not in str(raised.value) and [path.name for path in tmp_path.iterdir()] == [LOOP]
+
+
+def test_a_disk_known_to_be_too_small_is_told(tmp_path):
+    for check in (check_new_file, check_new_folder):
+        with pytest.raises(ValueError, match="--output .* takes 1000000000.0 GB, and its disk has"):
+            check("--output", tmp_path / "new", 10**18)
+    assert not any(tmp_path.iterdir())
 
 
 def test_auto_takes_the_best_device_and_others_are_tried():
@@ -166,7 +216,7 @@ def test_overflow_is_warned_of_only_where_there_is_one_and_a_way_around_it():
     def warned(model: FastLlama, T: int, new: int, cache: Cache | None = None) -> list[str]:
         return list(warnings("sea", T, new, model, cache or model.new_cache()))
 
-    assert warned(small_model(mem_layers=()), 10, 10) == warned(small_model(keep_local=2), 10, 10) == []
+    assert warned(small_model(keep_local=2), 10, 10) == []
     model = small_model()
     assert "at most 8 new tokens avoid it" in warned(model, 30, 16)[0]
     assert "--last-context-length 1 avoids it" in warned(model, 30, 15)[0]
@@ -179,3 +229,21 @@ def test_a_bos_token_as_text_is_warned_of():
     model = small_model()
     assert "bos token" in next(warnings(" <s> sea", 3, 1, model, model.new_cache()))
     assert list(warnings("sea <s>", 3, 1, model, model.new_cache())) == []
+
+
+@torch.no_grad()
+def test_a_text_that_a_model_without_memory_ends_in_its_midst_is_warned_of():
+    """The window is of 16 tokens, and the last new token is not read."""
+    model = small_model(mem_layers=())
+
+    def warned(T: int, new: int, cache: Cache | None = None) -> list[str]:
+        return list(overflow_warnings(T, new, model, cache or model.new_cache()))
+
+    assert warned(10, 7) == [] and "--max-new-tokens 7 avoids it" in warned(10, 8)[0]
+    assert warned(17, 1) == []  # which is refused before anything is written
+    _, cache = model(torch.ones(1, 9, dtype=torch.long))
+    assert warned(1, 7, cache) == [] and "--max-new-tokens 7 avoids it" in warned(1, 8, cache)[0]
+    ids = torch.ones(1, 10, dtype=torch.long)
+    assert len(list(model.generate(ids, 7, eos_token_id=None))) == 7
+    with pytest.raises(ValueError, match="exceed the window"):
+        list(model.generate(ids, 8, eos_token_id=None))

@@ -1,14 +1,18 @@
 """generate.py: text on standard output, the rest on standard error, and one line for every mistake."""
 
 import contextlib
+import importlib
 import io
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
+
+from cli.ending import UserError, user_errors
 
 import pytest
 import torch
@@ -17,7 +21,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import generate
-from cli.ending import UserError, user_errors
 from cli.loading import TINY, load
 from cli.progress import Progress, process_peak, statistics
 from cli.test_ending import ROOT, one_line, run_main, run_program
@@ -171,6 +174,28 @@ def test_streams_that_are_closed_or_lack_a_character_are_no_mistake(capsys, monk
     assert ascii_only.buffer.getvalue().startswith(b"??") and len(calls) == 16
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_text_that_would_steer_a_terminal_is_cleaned_there_and_nowhere_else(terminal, monkeypatch):
+    names = ("<0x1B>", "<0x5B>", "<0x32>", "<0x4A>", "<0x0A>", "<0x07>", "<0x7F>")  # it clears the screen, and rings
+    ids = [Tokenizer(TINY / "tokenizer.model").sp.piece_to_id(name) for name in names]
+    written, stdout = iter(ids), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+
+    def write_them(module, inputs, output):
+        if isinstance(module, FastLlama):
+            output[0][..., next(written)] = 1e4
+
+    handle = register_module_forward_hook(write_them)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            patch.setattr(stdout, "isatty", lambda: terminal, raising=False)
+            assert run_generate("--prompt", "The sea", "--max-new-tokens", len(ids), *GREEDY) == 0
+    finally:
+        handle.remove()
+    right = "\ufffd[2J\n\ufffd\ufffd\n" if terminal else "\x1b[2J\n\x07\x7f\n"
+    assert stdout.buffer.getvalue().decode() == right
+
+
 def test_text_after_an_empty_prompt_begins_without_a_space(tiny, capsys):
     for seed in range(2):
         assert run_generate("--prompt", "", "--max-new-tokens", 4, "--seed", seed) == 0
@@ -215,6 +240,28 @@ def test_a_memory_is_not_saved_over_a_pipe_or_a_folder(tmp_path, capsys):
         assert run_generate("--prompt", "The sea", "--save-memory", path) == 2
         assert "name a file" in one_line(capsys)
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits")
+def test_a_memory_that_cannot_be_written_after_all_does_not_take_the_text_with_it(tmp_path):
+    def limit():  # of a file's size: what is tried before the text is read fits, and a memory does not
+        resource = importlib.import_module("resource")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    command = ("generate.py", "--prompt", "The sea", "--max-new-tokens", 9, *GREEDY, "--quiet")
+    done = run_program(*command, "--save-memory", tmp_path / "memory", preexec_fn=limit)
+    assert done.stdout == run_program(*command).stdout != ""
+    assert re.fullmatch(rf"generate.py: error: {tmp_path / 'memory'} cannot be written: File too large\n", done.stderr)
+    assert done.returncode == 2 and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["n" * 250 + "/x", "n" * 256, "loop", "loop/x", "file/x", "/dev/full", "/proc/x"])
+def test_where_a_memory_cannot_be_written_is_found_before_the_model_is_read(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    assert run_generate("--prompt", "a", "--model", "missing", "--save-memory", path) == 2
+    assert f"--save-memory {path}" in one_line(capsys)
 
 
 OWN = """
@@ -272,9 +319,30 @@ def test_settings_that_will_overflow_are_warned_of_with_the_value_that_avoids_it
     assert warned("<s> sea", 1, "--quiet") == ""
 
 
+def test_a_text_that_a_model_without_memory_ends_is_warned_of_and_stays(capsys, tmp_path):
+    for name in ("model.safetensors", "tokenizer.model"):
+        (tmp_path / name).symlink_to(TINY / name)
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((TINY / "config.json").read_text()) | {"mem_layers": []})
+    )
+    prompt = ("--model", tmp_path, "--prompt", (TINY / "book.txt").read_text()[:600], *GREEDY)
+    assert run_generate(*prompt, "--max-new-tokens", 200) == 2
+    text, err = capsys.readouterr()
+    first, *_, last = err.splitlines()
+    fits = re.fullmatch(
+        r"generate.py: warning: .* exceed the window of 256, .* --max-new-tokens (\d+) avoids it", first
+    )[1]
+    assert "exceed" in last and last.startswith("generate.py: error: ")
+    assert run_generate(*prompt, "--max-new-tokens", fits) == 0
+    out, err = capsys.readouterr()
+    assert out == text and "warning" not in err
+
+
 @pytest.mark.parametrize(
     "flags",
     [
+        ["--prompt", "a", "--top-p", "1e-46"], ["--prompt", "a", "--max-new-tokens", "9" * 30], ["--device=--"],
+        ["--prompt", "a", "--no\nsuch\x1b[2J"], ["--prompt", "a", "--model", "a\nb\x1b"], ["--model=--"],
         ["--quiet"], ["--prompt", "a", "--prompt-file", "b"], ["--prompt-file", "missing.txt"], ["--prompt-file", "latin1.txt"],
         ["--prompt-file", "."], ["--prompt", "a", "--top-p", "1.7"], ["--prompt", "a", "--top-p", "0"],
         ["--prompt", "a", "--top-k", "0"], ["--prompt", "a", "--temperature", "-1"], ["--prompt", "a", "--temperature", "nan"],

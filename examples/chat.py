@@ -4,23 +4,27 @@
     python examples/chat.py --model DIR --format instruct            # LongLLaMA-Instruct's chat
     python examples/chat.py --read tiny/book.txt --fork < FILE       # a filter: a question a line, each asked of the book alone
 
-Ctrl-C stops an answer, and /help lists the commands. Of an answer exactly what was printed is remembered. When the local context
-has filled the window it moves into memory; --keep-local N softens that. Only answers go to standard output; as a filter the
-exit status is 1 if a line failed.
+Ctrl-C stops an answer, /help lists the commands, and lines that are pasted together are one question. Of an answer exactly what
+was printed is remembered. When the local context has filled the window it moves into memory, but for its newest tokens, a quarter
+of the window or --keep-local N. Only answers go to standard output; as a filter an empty line stands between them, and the exit
+status is 1 if a line failed.
 """
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import UserError, ending_well, say, tell, user_errors, warn
+
+import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import UserError, ending_well, user_errors
 from cli.flags import (
     MEMORY_FLAGS,
     SAMPLING_FLAGS,
@@ -32,10 +36,10 @@ from cli.flags import (
     number,
     parser_for,
 )
-from cli.loading import load, pick_device
+from cli.loading import load, overflow_warnings, pick_device
 from cli.progress import Progress
 from cli.texts import read_text
-from fast import FastLlama, load_memory, save_memory
+from fast import FastConfig, FastLlama, load_memory, save_memory
 from longllama import Cache
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -127,6 +131,15 @@ class Conversation:
             progress.close()
         return Past(cache, (), past.turns)
 
+    def next_ids(self, text: str) -> list[int]:
+        """What is read before a text is answered."""
+        return [*self.past.unread, *self.encode(self.style.before, text, self.style.after)]
+
+    def warnings(self, text: str) -> Iterator[str]:
+        """Of what the answer to a text, if it is as long as it may be, does to the local context."""
+        T, new = len(self.next_ids(text)), self.sampling.get("max_new_tokens", 0)
+        return overflow_warnings(T, new, self.model, self.past.cache)
+
     def answer(self, text: str) -> Iterator[str]:
         """Yields the answer to a text, as it comes.
 
@@ -135,11 +148,10 @@ class Conversation:
         ends, by an exception in the midst of a layer too, the past is what was asked and what was yielded, and no more.
         """
         cache, turns, waiting = self.past.cache.fork(), self.past.turns + 1, []
-        ids = [*self.past.unread, *self.encode(self.style.before, text, self.style.after)]
-        decoder, new = StreamDecoder(self.tokenizer), ""
-        for n, token in enumerate(self.model.generate(self.tensor(ids), cache=cache, **self.sampling)):
+        ids, decoder, new = self.tensor(self.next_ids(text)), StreamDecoder(self.tokenizer), ""
+        for n, token in enumerate(self.model.generate(ids, cache=cache, **self.sampling)):
             i = token.item()  # the cache holds all before it
-            ended = i == self.model.config.eos_token_id
+            ended = i in np.atleast_1d(self.model.config.eos_token_id)
             if n == 0 or ended:  # </s> is never read: in the tuning no other token sees it
                 self.move_on(Past(cache.fork(), (), turns))
             if ended:
@@ -204,52 +216,81 @@ class Conversation:
 
 def lines() -> Iterator[str]:
     """What the user types, with line editing and history on a terminal; or the lines of a file."""
-    if sys.stdin.isatty():
+    terminal = sys.stdin.isatty()
+    if terminal:
         with suppress(ImportError):  # Windows has none, and its terminal edits lines itself
-            import readline  # noqa: F401  (input uses it)
+            import readline  # which input() uses
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # all that is pasted is one line
         sys.stdin.reconfigure(errors="replace")  # a slip of the keyboard ends no conversation
     else:
         sys.stdin.reconfigure(encoding="utf-8-sig", newline=None)  # files of Windows too
-    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    prompt = "> " if terminal and sys.stdout.isatty() else ""
     while True:
         try:
-            yield input(prompt)
+            typed_ahead = terminal and waiting(0)
+            line = input(prompt)
+            yield from pasted(line) if terminal and not typed_ahead else [line]
         except EOFError:
             print(end="\n" if prompt else "")
             return
         except UnicodeDecodeError:
             raise ValueError("standard input is not UTF-8 text: convert it first") from None
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not terminal:
                 raise
             print()
 
 
-def tell(text: str):
-    print(text, file=sys.stderr, flush=True)
+def waiting(seconds: float) -> bool:
+    """Whether the terminal has more for us, or will so soon."""
+    try:
+        return bool(select.select([sys.stdin], [], [], seconds)[0])
+    except (OSError, ValueError):  # Windows asks so of sockets alone
+        return False
 
 
-def say(answer: Iterator[str]):
+def pasted(line: str) -> list[str]:
+    """The line and those that came with it, where the terminal does not tell what was pasted: one text, but for commands."""
+    texts = [line]
+    with suppress(EOFError):
+        while waiting(0.05):
+            line = input()
+            if line.startswith("/") or texts[-1].startswith("/"):
+                texts.append(line)
+            else:
+                texts[-1] += "\n" + line
+    return texts
+
+
+def say_all(answer: Iterator[str]):
     """Prints an answer as it comes, on lines of its own."""
     try:
         for text in answer:
-            print(text, end="", flush=True)
+            say(text)
     finally:
-        print(flush=True)
+        say("\n")
 
 
 def converse(chat: Conversation, lines: Iterator[str], stoppable: bool = True) -> bool:
-    """Answers line after line, up to /quit. Returns whether all went well. stoppable: Ctrl-C ends an answer only."""
-    well = True
+    """Answers line after line, up to /quit. Returns whether all went well. stoppable: by Ctrl-C an answer, and not all of them;
+    else an empty line stands between answers, so that a program can tell them apart."""
+    well, before_answer, warnings = True, "", []
     for line in lines:
         if line.strip() == "/quit":
             break
         try:
             with user_errors():
                 if line.startswith("/"):
-                    tell(chat.command(line))
+                    tell(*chat.command(line).splitlines())
                 elif line.strip():
-                    say(chat.answer(line))
+                    if not warnings:  # one is enough
+                        warnings = [*chat.warnings(line)]
+                        for warning in warnings:
+                            warn(warning)
+                    say(before_answer)
+                    before_answer = "" if stoppable else "\n"
+                    say_all(chat.answer(line))
         except KeyboardInterrupt:
             if not stoppable:
                 raise
@@ -274,17 +315,26 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, parser.parse_args()
 
 
+def memory_settings(args: argparse.Namespace) -> dict:
+    """A conversation overflows often: a quarter of the window stays local then, if neither flag nor config.json says how much."""
+    settings, file = given(args, MEMORY_FLAGS), args.model / "config.json"
+    if args.keep_local is None and file.is_file():
+        config = FastConfig.from_json(file)
+        settings["keep_local"] = config.keep_local or config.max_position_embeddings // 4
+    return settings
+
+
 def run(args: argparse.Namespace) -> bool:
     if sys.stdin is None:
         raise ValueError("standard input is closed, and there the questions come from")
     document = args.read and read_text(args.read, "--read")
     terminal = sys.stdin.isatty()
-    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, args.memory, **given(args, MEMORY_FLAGS))
+    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, args.memory, **memory_settings(args))
     sampling = given(args, ("max_new_tokens", *SAMPLING_FLAGS))
     chat = Conversation(model, tokenizer, FORMATS[args.format], args.fork, **sampling)
     chat.begin(document, args.load_memory, show_progress=sys.stderr.isatty())
     if terminal:
-        tell(f"{chat.memory()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        tell(chat.memory(), "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
     return converse(chat, lines(), stoppable=terminal)
 
 

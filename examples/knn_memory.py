@@ -21,12 +21,13 @@ from itertools import accumulate, product
 from math import isqrt
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well
+
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
 from cli.flags import number, parse_lengths, parser_for, short
 from cli.loading import TINY, load
 from cli.texts import read_text

@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well, printable, tell, warn
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
 from cli.flags import (
     MEMORY_FLAGS,
     add_memory_flags,
@@ -33,6 +34,7 @@ from cli.flags import (
     demonstration,
     given,
     number,
+    parse_temperature,
     parser_for,
 )
 from cli.loading import load, pick_device, warnings
@@ -161,18 +163,6 @@ def find_passages(weights: Tensor, top: int) -> list[Passage]:
     return passages[:1] + [p for p in passages[1:top] if p.share >= 0.0005]
 
 
-JOINERS = "\u200c\u200d"  # invisible, and part of words in some scripts
-
-
-def visible(text: str) -> str:
-    """Text on one line, without control characters: it comes from anywhere, and goes to a terminal."""
-
-    def show(c: str) -> str:
-        return c if c.isprintable() or c in JOINERS else "⏎" if c == "\n" else " " if c.isspace() else "\ufffd"
-
-    return "".join(map(show, text))
-
-
 class Text:
     """The prompt and what was generated after it: the text and the place of any token."""
 
@@ -186,7 +176,7 @@ class Text:
         pieces = [decoder.feed(i) if self.tokenizer.is_text(i) else self.name(i) for i in self.ids[start:stop]]
         if pieces:
             pieces[-1] += decoder.flush()
-        return [visible(piece) for piece in pieces]
+        return [printable(piece.replace("\n", "⏎")) for piece in pieces]
 
     def name(self, i: int) -> str:
         return self.tokenizer.sp.id_to_piece(i) if 0 <= i < self.tokenizer.vocab_size else f"<{i}>"
@@ -675,7 +665,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_prompt_flags(parser)
     add_model_flags(parser)
     add("--max-new-tokens", type=number(int, 1, 10**6), default=20, metavar="N", help="default 20")
-    add("--temperature", type=number(float, 0), default=0, metavar="X", help="0: always the likeliest")
+    add("--temperature", type=parse_temperature, default=0, metavar="X", help="0: always the likeliest")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
     add_memory_flags(parser)
     add("--top", type=number(int, 1), default=3, metavar="N", help="passages for each token and layer (default 3)")
@@ -704,7 +694,7 @@ def run(args: argparse.Namespace):
     T = len(ids)
     check(args, T, model.config)
     for warning in warnings(prompt, T, args.max_new_tokens, model, model.new_cache()):
-        print(f"{Path(__file__).name}: warning: {warning}", file=sys.stderr)
+        warn(warning)
     views = Views(Text(ids, tokenizer, model.config), T + args.max_new_tokens, args.top)
     progress, difference = Progress(model, T, shown=sys.stderr.isatty()), 0.0
     try:
@@ -714,10 +704,10 @@ def run(args: argparse.Namespace):
             print(*lines(views.add(token, recalls), sys.stdout.isatty()), sep="\n", flush=True)
     finally:
         progress.close()
-    print(f"log-sum-exps over memory are within {difference:.0e} of those that the model computed", file=sys.stderr)
+    tell(f"log-sum-exps over memory are within {difference:.0e} of those that the model computed")
     if args.html:
         write_page(args.html, page(views, args.model.resolve().name, model.config.mem_layers))
-        print(f"{args.html}: {args.html.stat().st_size / 1000:,.0f} kB", file=sys.stderr)
+        tell(f"{args.html}: {args.html.stat().st_size / 1000:,.0f} kB")
 
 
 def main():

@@ -20,12 +20,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
 from cli.flags import add_model_flags, number, parse_length, parser_for, short
 from cli.loading import TINY, load, pick_device
 from cli.texts import read_text

@@ -4,6 +4,7 @@ Truth is the same ids fed to the model by hand, segment by segment.
 """
 
 import io
+import json
 import os
 import select
 import signal
@@ -283,9 +284,34 @@ def test_a_full_window_without_memory_is_one_line(tiny, capsys):
     chat = conversation((model, tokenizer), max_new_tokens=1000)
     assert not converse(chat, iter([TEXTS[0], TEXTS[1]]))
     out, err = capsys.readouterr()
-    assert err.count("\n") == 2 and err.count("/reset") == 2 and "exceed the window of 256" in err
+    assert err.count("\n") == 3 and err.count("/reset") == 2 and "exceed the window of 256" in err
+    assert "warning: " in err.partition("\n")[0]
     assert len(out) > 100 and chat.past.cache.local_length == 256
     assert converse(chat, iter(["/reset"]))
+
+
+@pytest.mark.parametrize("settings, warned", [({}, 1), ({"keep_local": 64}, 0), ({"mem_layers": []}, 1)])
+def test_an_overflow_is_warned_of_once(settings, warned, tiny, capsys):
+    chat = conversation((FastLlama.from_pretrained(TINY, **settings), tiny[1]), max_new_tokens=2)
+    assert converse(chat, iter(["Hello", "the sea " * 30]))
+    assert capsys.readouterr().err == ""  # as long as all fits
+    chat.sampling["max_new_tokens"] = 250
+    chat.answer = lambda text: iter(["as it may be"])
+    assert converse(chat, iter(["Hello"] * 3), stoppable=False)
+    out, err = capsys.readouterr()
+    assert err.count("warning: ") == err.count("exceed the window of 256") == warned
+    assert out == "as it may be\n\nas it may be\n\nas it may be\n"
+
+
+@pytest.mark.parametrize(
+    "flags, written, kept", [([], 0, 64), (["--keep-local", "0"], 9, 0), ([], 9, 9), (["--keep-local", "8"], 0, 8)]
+)
+def test_a_quarter_of_the_window_stays_local_if_nothing_says_otherwise(flags, written, kept, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((TINY / "config.json").read_text()) | {"keep_local": written})
+    )
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path), *flags])
+    assert program.memory_settings(program.arguments()[1])["keep_local"] == kept
 
 
 def chat_process(lines: str | bytes, *flags: str) -> subprocess.CompletedProcess:
@@ -299,7 +325,7 @@ def test_as_a_filter_it_prints_answers_alone(tmp_path):
     question, saved = "What is the pass key? The pass key is", tmp_path / "saved"
     lines = f"/save {saved}\n{question}\n/memory\n\n/nosuch\r\n{question}"
     done = chat_process(lines, "--read", str(book), "--temperature", "0", "--max-new-tokens", "6", "--fork")
-    assert done.stdout.decode() == "71428\n71428\n", done.stderr
+    assert done.stdout.decode() == "71428\n\n71428\n", done.stderr
     assert done.returncode == 1 and done.stderr.count(b"\n") == 3  # two lines of sizes, and a command that is none
     done = chat_process(question, "--load-memory", str(saved), "--temperature", "0", "--max-new-tokens", "6")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"71428\n", b"")
@@ -340,50 +366,77 @@ def test_a_byte_that_is_no_text_ends_no_conversation_on_a_terminal(monkeypatch):
     assert list(lines()) == ["caf\ufffd", "sea"]
 
 
+class Screen:
+    """A program on a terminal of its own."""
+
+    def __init__(self, *command: str):
+        pty = pytest.importorskip("pty")
+        self.outer, inner = pty.openpty()
+        ends = {
+            "stdin": inner,
+            "stdout": inner,
+            "stderr": inner,
+            "start_new_session": True,
+            "preexec_fn": take_terminal,
+        }
+        self.process = subprocess.Popen([sys.executable, *command], env=ONE_THREAD, **ends)
+        os.close(inner)
+        self.text = b""
+
+    def wait_for(self, text: bytes, send: bytes = b"") -> bytes:
+        """What is shown up to a text; then something is typed."""
+        while text not in self.text:
+            assert select.select([self.outer], [], [], 60)[0], self.text
+            self.text += os.read(self.outer, 4096)
+        before, _, self.text = self.text.partition(text)
+        os.write(self.outer, send)
+        return before
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.outer)
+
+
 def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends():
-    pty = pytest.importorskip("pty")
-    outer, inner = pty.openpty()
-    command = [sys.executable, CHAT, "--max-new-tokens", "1000000", "--seed", "0"]
-    process = subprocess.Popen(
-        command,
-        stdin=inner,
-        stdout=inner,
-        stderr=inner,
-        start_new_session=True,
-        preexec_fn=take_terminal,
-        env=ONE_THREAD,
-    )
-    os.close(inner)
-    screen = b""
-
-    def wait_for(text: bytes, send: bytes):
-        nonlocal screen
-        while text not in screen:
-            assert select.select([outer], [], [], 60)[0], screen
-            screen += os.read(outer, 4096)
-        screen = screen.partition(text)[2]
-        os.write(outer, send)
-
-    try:
-        wait_for(b"> ", b"half a line")
-        wait_for(b"half a line", b"\x03")
+    with Screen(CHAT, "--max-new-tokens", "1000000", "--seed", "0") as screen:
+        screen.wait_for(b"> ", b"half a line")
+        screen.wait_for(b"half a line", b"\x03")
         for _ in range(60):  # readline misses what comes between its echo and its next wait
-            if select.select([outer], [], [], 1)[0]:
+            if select.select([screen.outer], [], [], 1)[0]:
                 break
-            os.write(outer, b"\x03")
-        wait_for(b"> ", b"Call me Ishmael.\x02\x02\x02\x02!\n")  # Ctrl-B moves back
-        wait_for(b"!ael.", b"")
-        wait_for(b" ", b"\x03")
-        wait_for(b"> ", b"\x10\x01/nosuch \n")  # Ctrl-P, Ctrl-A: the line before, from its start
-        wait_for(b"/nosuch is no command", b"")
-        wait_for(b"> ", b"/memory\n")
-        wait_for(b"1 turns", b"")
-        wait_for(b"> ", b"\x04")
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(outer)
+            os.write(screen.outer, b"\x03")
+        screen.wait_for(b"> ", b"Call me Ishmael.\x02\x02\x02\x02!\n")  # Ctrl-B moves back
+        screen.wait_for(b"!ael.")
+        screen.wait_for(b" ", b"\x03")
+        screen.wait_for(b"> ", b"\x10\x01/nosuch \n")  # Ctrl-P, Ctrl-A: the line before, from its start
+        screen.wait_for(b"/nosuch is no command")
+        screen.wait_for(b"> ", b"/memory\n")
+        screen.wait_for(b"1 turns")
+        screen.wait_for(b"> ", b"\x04")
+        assert screen.process.wait(30) == 0
+
+
+TOLD, LINES, COMMAND = b"\x1b[200~one\rtwo\rthree\r\x1b[201~\r", b"one\rtwo\rthree\r", b"one\rtwo\r/memory\r"
+PASTES = [(TOLD, True), (LINES, True), (LINES, False), (COMMAND, True), (COMMAND, False)]
+
+
+@pytest.mark.parametrize("paste, editor", PASTES)
+def test_lines_that_are_pasted_together_are_one_question(paste, editor):
+    """Whether there is a line editor or not, and whether the terminal tells what was pasted or not."""
+    without = "sys.modules['readline'] = None; " * (not editor)
+    run = f"import runpy; sys.argv[1:] = ['--max-new-tokens', '2']; runpy.run_path({CHAT!r}, run_name='__main__')"
+    with Screen("-c", "import sys; " + without + run) as screen:
+        screen.wait_for(b"Ctrl-D ends.")
+        screen.wait_for(b"> ", paste)
+        if b"/memory" not in paste:
+            screen.wait_for(b"> ", b"/memory\r")
+        screen.wait_for(b"1 turns")
+        screen.wait_for(b"> ", b"\x04")
+        assert screen.process.wait(30) == 0
 
 
 def take_terminal():

@@ -15,10 +15,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import ending_well
+
+import torch
+
 from cli.flags import (
     add_model_flags,
     add_own_memory_flag,

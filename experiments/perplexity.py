@@ -11,11 +11,12 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well
+
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
 from cli.flags import add_model_flags, add_own_memory_flag, number, parser_for
 from cli.loading import load, pick_device
 from experiments.passkey import by_name

@@ -11,6 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import first_line, warn
+
 from convert import load_pickled
 from fast import FastConfig, FastLlama
 from fast.files import is_finite

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import ending_well
+
 from cli.flags import check_new_folder, parser_for
 from fast.files import replacing
 from training.data import DATA

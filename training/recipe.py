@@ -10,6 +10,7 @@ from reprlib import repr as brief
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import first_line
+
 from cli.texts import read_text
 from fast import FastConfig
 from fast.model import LARGEST, is_count

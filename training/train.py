@@ -21,6 +21,9 @@ from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.ending import ending_well, printable
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,8 +33,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well, printable
 from cli.flags import check_new_folder, number, parser_for
 from cli.loading import TINY, check_vocabulary, pick_device
 from convert import save_pretrained

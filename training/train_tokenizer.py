@@ -10,10 +10,11 @@ import itertools
 import sys
 from pathlib import Path
 
-import sentencepiece
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import ending_well, first_line
+
+import sentencepiece
+
 from cli.flags import check_new_file, number, parser_for
 from cli.texts import read_text
 from fast.files import replacing
