@@ -32,7 +32,7 @@ from cli.loading import load, pick_device, warnings
 from cli.progress import Progress, statistics
 from cli.texts import read_prompt
 from fast import load_memory, save_memory
-from fast.saved import check_kept
+from fast.saved import check_kept, memory_nbytes
 from tokenizer import StreamDecoder
 
 DEMONSTRATION = """\
@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save-memory", type=Path, metavar="FILE", help="write what the prompt left in memory")
     add("--load-memory", type=Path, metavar="FILE", help="continue what --save-memory wrote")
     add("--compile", action="store_true", help="compile the layers as they are first used: for GPUs and long texts")
-    add("--quiet", action="store_true", help="no progress, statistics or warnings")
+    add("--quiet", action="store_true", help="no progress, no statistics, no warnings about the prompt")
     return parser
 
 
@@ -70,10 +70,11 @@ def run(args: argparse.Namespace):
         model.compile_layers()
     digest = tokenizer.digest
     cache = load_memory(args.load_memory, model, tokenizer=digest) if args.load_memory else model.new_cache()
-    if args.save_memory:
-        check_kept(cache)  # before a long prompt is read
     ids = torch.tensor([tokenizer.encode(prompt, bos=not args.load_memory)], dtype=torch.long, device=device)
     T, decoder, new, unsaved = ids.shape[1], StreamDecoder(tokenizer, continues=bool(prompt)), 0, None
+    if args.save_memory:  # before a long prompt is read
+        check_kept(cache)
+        check_new_file("--save-memory", args.save_memory, memory_nbytes(cache, model, T))
     if not args.quiet:
         for warning in warnings(prompt, T, args.max_new_tokens, model, cache):
             warn(warning)
