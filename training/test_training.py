@@ -303,7 +303,8 @@ PLACES = [
     (*STATE, "exp_avg"), (*STATE, "exp_avg_sq"),
 ]  # fmt: skip
 WRONG = [
-    (NORM, torch.ones(32, device="meta")), ((*STATE, "step"), float("nan")), (NORM, torch.full((32,), torch.inf)), (NORM, torch.ones(32).half()), (NORM, torch.ones(32).to_sparse()),
+    (NORM, torch.ones(32, device="meta")), ((*STATE, "step"), float("nan")),
+    (NORM, torch.full((32,), torch.inf)), (NORM, torch.ones(32).half()), (NORM, torch.ones(32).to_sparse()),
     (("model", "lm_head.weight"), torch.ones(2048, 32)), (("model", "other"), torch.ones(3)), (("model", 1), torch.ones(3)),
     (("config", "pad_token_id"), torch.zeros(3)), (("config", "num_hidden_layers"), 2**28), (("config", "hidden_sizee"), 1),
     (("config", "mem_layers"), (0,)), (("step",), 2**70), (("recipe",), "[" * 100_000), (("recipe",), '{"phases": 1}'),
