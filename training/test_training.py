@@ -296,26 +296,14 @@ def damaged(state: dict, at: tuple, value) -> dict:
 
 
 NORM, STATE = ("model", "norm.weight"), ("optimizer", "state", "norm.weight")
-ODD = [
-    "gone",
-    None,
-    7,
-    -1,
-    "x",
-    [],
-    {},
-    True,
-    float("nan"),
-    torch.zeros(3, 5),
-    torch.zeros(3, device="meta"),
-    torch.tensor(7),
-]
+ODD = ["gone", None, -1, "x", {}, True, torch.zeros(3, 5)]
 PLACES = [
     (), ("step",), ("recipe",), ("made_with",), ("made_with", "--data"), ("config",), ("config", "hidden_size"),
     ("config", "mem_layers"), ("model",), NORM, ("optimizer",), ("optimizer", "state"), STATE, (*STATE, "step"),
     (*STATE, "exp_avg"), (*STATE, "exp_avg_sq"),
 ]  # fmt: skip
 WRONG = [
+    (NORM, torch.ones(32, device="meta")), ((*STATE, "step"), float("nan")),
     (NORM, torch.full((32,), torch.inf)), (NORM, torch.ones(32).half()), (NORM, torch.ones(32).to_sparse()),
     (("model", "lm_head.weight"), torch.ones(2048, 32)), (("model", "other"), torch.ones(3)), (("model", 1), torch.ones(3)),
     (("config", "pad_token_id"), torch.zeros(3)), (("config", "num_hidden_layers"), 2**28), (("config", "hidden_sizee"), 1),
