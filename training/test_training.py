@@ -304,7 +304,7 @@ PLACES = [
 ]  # fmt: skip
 WRONG = [
     (NORM, torch.ones(32, device="meta")), ((*STATE, "step"), float("nan")),
-    (NORM, torch.full((32,), torch.inf)), (NORM, torch.ones(32).half()), (NORM, torch.ones(32).to_sparse()),
+    (NORM, torch.full((32,), torch.inf)), (NORM, torch.ones(32).half()), (NORM, lambda: torch.ones(32).to_sparse()),
     (("model", "lm_head.weight"), torch.ones(2048, 32)), (("model", "other"), torch.ones(3)), (("model", 1), torch.ones(3)),
     (("config", "pad_token_id"), torch.zeros(3)), (("config", "num_hidden_layers"), 2**28), (("config", "hidden_sizee"), 1),
     (("config", "mem_layers"), (0,)), (("step",), 2**70), (("recipe",), "[" * 100_000), (("recipe",), '{"phases": 1}'),
@@ -317,6 +317,7 @@ def test_each_part_of_a_checkpoint_is_checked_before_it_is_used(whole, recipe, f
     state = torch.load(whole / "checkpoint.pt", weights_only=True)
     shutil.copyfile(whole / "losses.jsonl", tmp_path / "losses.jsonl")
     for place, value in [*((place, value) for place in PLACES for value in ODD if place or value != "gone"), *WRONG]:
+        value = value() if callable(value) else value
         torch.save(damaged(state, place, value), tmp_path / "checkpoint.pt")
         test_mistakes_get_one_line_and_status_2(
             ["--resume"], "checkpoint.pt", recipe, folder, tmp_path, capsys, monkeypatch
