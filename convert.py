@@ -13,7 +13,6 @@ tensors, and no file outside the input folder is opened.
 
 import json
 import shutil
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
-from cli.ending import ending_well, first_line, out_of_memory, warn
+from cli.ending import ending_well, first_line, out_of_memory, tell, warn
 
 import torch
 from torch import Tensor
@@ -230,7 +229,7 @@ def main():
     args = parser.parse_args()
     with ending_well(parser):
         convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force)
-        print(f"wrote {args.output}", file=sys.stderr)
+        tell(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

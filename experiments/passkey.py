@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
+from cli.ending import ending_well, tell
 
 import torch
 
@@ -89,7 +89,7 @@ def share(trials: list[Trial]) -> float:
 def report(label: str, trials: list[Trial], started: float):
     """While a table is in the making."""
     seconds = (time.perf_counter() - started) / len(trials)
-    print(f"{label}: {100 * share(trials):.0f}% of {len(trials)}, {seconds:.2f} s each", file=sys.stderr)
+    tell(f"{label}: {100 * share(trials):.0f}% of {len(trials)}, {seconds:.2f} s each")
 
 
 def group(trials: list[Trial], key) -> dict:

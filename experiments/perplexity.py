@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
+from cli.ending import ending_well, tell
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def main():
                 except ValueError as error:
                     raise ValueError(f"{folder}: {error}") from None
                 cells.append(f"{value:.2f}")
-                print(f"{name}, {windows(n)}: {cells[-1]}", file=sys.stderr)
+                tell(f"{name}, {windows(n)}: {cells[-1]}")
             rows.append([name, *cells, f"{tokens:,}"])
             print("\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
             rows = []  # the header came with the first row

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well
+from cli.ending import ending_well, tell
 
 from cli.flags import check_new_folder, parser_for
 from fast.files import replacing
@@ -84,7 +84,7 @@ def fetch():
         if shutil.which("apt-get"):
             texts |= bible(folder)
         else:
-            print("no apt-get here: going on without the King James Bible", file=sys.stderr)
+            tell("no apt-get here: going on without the King James Bible")
     DATA.mkdir(exist_ok=True)
     for name, text in texts.items():
         with replacing(DATA / f"{name}.txt") as unfinished:

@@ -1,11 +1,13 @@
 """The training loop and its data, checked: python -m pytest training"""
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from hashlib import sha256
 from pathlib import Path
 
@@ -79,17 +81,38 @@ def command(recipe, folder, output, *flags, processes: int = 1) -> list[str]:
     return list(map(str, parts))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes that are started here: sums come out alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def train(recipe, folder, output, *flags, processes: int = 1, before=None):
     """Runs train.py, after before() in its process; returns what it printed, and the finished model's tensors if there is one."""
-    done = subprocess.run(
-        command(recipe, folder, output, *flags, processes=processes),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=before,
-    )
+    call = command(recipe, folder, output, *flags, processes=processes)
+    if processes == 1 and before is None:
+        done = run_here(call)
+    else:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(call, capture_output=True, text=True, env=env, preexec_fn=before)
     model = Path(output) / "model.safetensors"
     return done, load_file(model) if model.exists() else None
+
+
+def run_here(call: list[str]) -> subprocess.CompletedProcess:
+    """What subprocess.run gives, from this process: it has imported torch already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    out.reconfigure = lambda **_: None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", call[1:])
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(call, code, out.getvalue(), err.getvalue())
 
 
 def losses(output) -> list:

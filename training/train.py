@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well, printable
+from cli.ending import ending_well, tell, warn
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from cli.flags import check_new_folder, number, parser_for
-from cli.loading import TINY, check_vocabulary, pick_device
+from cli.loading import TINY, check_vocabulary, pick_device, unlike_its_config
 from convert import save_pretrained
 from fast import FastConfig, FastLlama
 from fast.files import replacing
@@ -175,6 +175,8 @@ class Trainer:
         torch.manual_seed(self.recipe.seed)
         if self.args.init and not state:
             model = FastLlama.from_pretrained(self.args.init, **asdict(config)).train()
+            for text in unlike_its_config(self.args.init, model.config):
+                warn(text)
             for name, weight in model.hf_tensors().items():
                 check_finite(f"--init {self.args.init}", name, weight)
         else:
@@ -243,7 +245,7 @@ class Trainer:
             if stopped:
                 self.leave()
                 if self.rank == 0:
-                    print(f"stopped after step {self.step}, go on with: {self.command()}", file=sys.stderr)
+                    tell(f"stopped after step {self.step}, go on with: {self.command()}")
                 sys.exit(128 + (self.stop.number or signal.SIGTERM))  # which came to another process
         self.export()
         self.leave()
@@ -256,7 +258,7 @@ class Trainer:
     def command(self) -> str:
         """What goes on with this run."""
         start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if self.world > 1 else ["python"]
-        return printable(shlex.join([*start, *sys.argv, *["--resume"] * (not self.args.resume)]))
+        return shlex.join([*start, *sys.argv, *["--resume"] * (not self.args.resume)])
 
     # Checkpoints hold whole tensors, not shards, so one written by 8 processes resumes on 1.
 
