@@ -98,20 +98,19 @@ def test_prefill_flops_are_what_counting_token_by_token_gives(T):
 
 
 def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overflow(tmp_path):
-    (tmp_path / "text.txt").write_text((TINY / "book.txt").read_text()[:60000])  # 20,000 tokens: just enough
-
-    def table(*flags):
+    def table(characters, *flags):
+        (tmp_path / "text.txt").write_text((TINY / "book.txt").read_text()[:characters])  # just enough
         done = run("memory.py", "--text", str(tmp_path / "text.txt"), *flags)
         assert done.returncode == 0, done.stderr
         return [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
 
-    rows = table("--mem-dtype", "float8_e4m3fn", "--mem-topk", "8,all", "--length", "1k", "--trials", "2")
+    rows = table(60000, "--mem-dtype", "float8_e4m3fn", "--mem-topk", "8,all", "--length", "1k", "--trials", "2")
     assert [row[:3] for row in rows] == [
         ["float32", "all", "1,024"], ["float8_e4m3fn", "8", "256"], ["float8_e4m3fn", "all", "256"],
     ]  # fmt: skip
     exact, few, coarse = (float(row[3]) for row in rows)
     assert exact == 0 < coarse < 0.1 and few > 0
-    rows = table("--keep-local", "0,64")
+    rows = table(20000, "--keep-local", "0,64")
     assert [row[0] for row in rows] == ["0", "64", "no overflow"]
     assert float(rows[0][1]) > float(rows[1][1]) and float(rows[0][5]) > float(rows[1][5])
 

@@ -126,8 +126,9 @@ def added_ids(folder: Path) -> set[int]:
     raw = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
         raw[name] = read_json(folder / name) if (folder / name).is_file() else {}
-    decoder = raw["tokenizer_config.json"].get("added_tokens_decoder") or {}
-    special = [i for i, token in decoder.items() if isinstance(token, dict) and token.get("special")]
+    decoder = raw["tokenizer_config.json"].get("added_tokens_decoder")
+    listed = decoder.items() if isinstance(decoder, dict) else ()
+    special = [i for i, token in listed if isinstance(token, dict) and token.get("special")]
     return {int(i) for i in (*special, *raw["added_tokens.json"].values()) if str(i).isdecimal()}
 
 

@@ -57,6 +57,9 @@ def test_generation_config_says_what_ends_a_text_or_else_config(files, ends, tmp
     [
         ({"config": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}}, "1", 2),  # early conversions of LLaMA
         ({"config": {"eos_token_id": 700}}, "700", 2),
+        ({"config": {"eos_token_id": 700}, "tokenizer_config": {"added_tokens_decoder": 700}}, "700", 2),
+        ({"config": {"eos_token_id": 700}, "tokenizer_config": {"added_tokens_decoder": {"700": True}}}, "700", 2),
+        ({"config": {"eos_token_id": 700}, "added_tokens": {"x": [700], "y": "7e2"}}, "700", 2),
         ({"config": {"eos_token_id": [700, 1]}}, "700, 1", 2),
         ({"config": {"eos_token_id": 2}, "generation_config": {"eos_token_id": 0}}, "0", 2),
         ({"generation_config": {"eos_token_id": [2, 700]}, "tokenizer_config": ADDED}, "2, 700", 2),
