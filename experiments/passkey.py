@@ -23,7 +23,6 @@ import torch
 from cli.flags import (
     add_model_flags,
     add_own_memory_flag,
-    check_new_file,
     number,
     parse_lengths,
     parser_for,
@@ -31,8 +30,8 @@ from cli.flags import (
 )
 from cli.loading import TINY, load, pick_device
 from cli.texts import read_text
+from experiments.output import add_output_flags, by_name, check_outputs, import_pyplot, save_picture, save_table
 from fast import FastLlama
-from fast.files import replacing
 from tokenizer import Tokenizer
 from training.tasks import GRASS, MOST_TRIALS, STEPS, answers, prompt_ids, random_key
 
@@ -75,13 +74,6 @@ def measure(
     return results
 
 
-def by_name(paths: list[Path]) -> dict[str, Path]:
-    """Models by the names of their folders, or by their paths where two have one name; each once."""
-    folders = {path.resolve(): path for path in paths}
-    names = [folder.name for folder in folders]
-    return {folder.name if names.count(folder.name) == 1 else str(path): path for folder, path in folders.items()}
-
-
 def share(trials: list[Trial]) -> float:
     return sum(trial.found for trial in trials) / len(trials)
 
@@ -110,17 +102,6 @@ def table(trials: list[Trial]) -> str:
     return "\n".join(lines)
 
 
-def import_pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def picture(trials: list[Trial], path: Path, bins: int):
     """A heat map for each model: prompt length across, depth of the key down, colour the share found."""
     pyplot = import_pyplot()
@@ -142,8 +123,7 @@ def picture(trials: list[Trial], path: Path, bins: int):
         axis.set(title=name, xlabel="prompt length, tokens")
     axes[0][0].set_ylabel("depth of the pass key")
     figure.colorbar(image, ax=axes, label="found")
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=110, format=path.suffix[1:])
+    save_picture(figure, path)
 
 
 def main():
@@ -163,18 +143,11 @@ def main():
     parser.add_argument(
         "--seed", type=number(int, 0, 2**63 - 1), default=0, help="draw the same keys every time (default 0)"
     )
-    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here too")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw length x depth (needs matplotlib)")
+    add_output_flags(parser, "length x depth")
     parser.add_argument("--depth-bins", type=number(int, 1, 100), default=5, help="rows of the picture (default 5)")
     args = parser.parse_args()
     with ending_well(parser):
-        for flag in ("--table", "--picture"):
-            if path := vars(args)[flag[2:]]:
-                check_new_file(flag, path)
-        if args.picture:
-            import_pyplot()  # a missing one is said now, not after the trials
-            if args.picture.suffix not in (".png", ".svg", ".pdf"):
-                raise ValueError(f"--picture {args.picture}: name a .png, .svg or .pdf file")
+        check_outputs(args)
         text = " ".join(read_text(path, "--text") for path in args.text)
         trials = []
         try:
@@ -192,8 +165,7 @@ def main():
             if trials:
                 print(table(trials), flush=True)
         if args.table:
-            with replacing(args.table) as unfinished:
-                unfinished.write_text(table(trials) + "\n", encoding="utf-8")
+            save_table(table(trials), args.table)
         if args.picture:
             picture(trials, args.picture, args.depth_bins)
 

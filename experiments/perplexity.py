@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from cli.flags import add_model_flags, add_own_memory_flag, number, parser_for
 from cli.loading import load, pick_device
-from experiments.passkey import by_name
+from experiments.output import by_name
 from fast import FastLlama
 from fast.model import LARGEST
 from longllama import require

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.loading import TINY
 from examples.knn_memory import ask
-from experiments import passkey
+from experiments import distraction, passkey
 from experiments import perplexity as evaluation
 from experiments.perplexity import perplexity
 from fast import FastConfig, FastLlama
@@ -228,3 +229,96 @@ def test_results_that_are_not_finite_are_refused(value, run, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and "finite" in err
         assert main is passkey.main or f"{other}: the perplexity after 0 windows is not finite" in err
+
+
+# ------------------------------------------------------------------------------------------------------ Distraction
+
+
+@pytest.fixture(scope="module")
+def documents(tiny) -> list[torch.Tensor]:
+    """Five of the book's parts, as if they were of different books."""
+    ids = torch.tensor(tiny[1].encode(BOOK[:60000], bos=False))
+    return [part.contiguous() for part in ids.split(3000)][:5]
+
+
+class Watching(distraction.Contexts):
+    """Computes the share of the first context by the formula, over all keys at once, in float64."""
+
+    def attend(self, q, real):
+        k = (
+            torch.cat([k for k, _, _ in self.blocks], dim=2)
+            .double()
+            .repeat_interleave(q.shape[1] // self.blocks[0][0].shape[1], 1)
+        )
+        weights = (q.double() @ k.mT * q.shape[3] ** -0.5).softmax(dim=-1)  # (B, H, T, d * W)
+        self.right = weights[..., : self.blocks[0][0].shape[2]].sum(dim=-1).mean(dim=(0, 2))
+        return super().attend(q, real)
+
+
+@pytest.mark.parametrize("d", [1, 3, 6])
+@torch.no_grad()
+def test_the_share_of_the_own_past_is_that_of_the_formula(d, tiny, documents):
+    model, window = tiny[0], tiny[0].config.max_position_embeddings
+    windows = distraction.draw(documents, window, 8, 5, seed=1)
+    [(k, v)] = distraction.remembered(model, windows.past)
+    seen = torch.cat((torch.arange(8)[:, None], windows.others[:, : d - 1]), dim=1)
+    memory = Watching(model.config, (k[seen], v[seen]))
+    _, cache = model(windows.current, model.new_cache(lambda _: memory), last_context_length=window)
+    shares = distraction.measure(model, "tiny", windows, [(k, v)], d).shares[0]
+    assert torch.allclose(memory.share.double(), memory.right, atol=1e-5)
+    assert torch.allclose(shares.double(), memory.right, atol=1e-5) and len(shares) == model.config.num_attention_heads
+
+
+@torch.no_grad()
+def test_contexts_that_are_the_own_past_again_get_one_share_each(tiny, documents):
+    model, window = tiny[0], tiny[0].config.max_position_embeddings
+    windows = distraction.draw(documents, window, 4, 3, seed=2)
+    same = replace(windows, others=torch.arange(4)[:, None].expand(-1, 3))
+    four = distraction.measure(model, "tiny", same, distraction.remembered(model, windows.past), 4)
+    assert torch.allclose(four.shares, torch.full_like(four.shares, 0.25))
+
+
+@torch.no_grad()
+def test_with_the_own_past_alone_perplexity_is_that_of_reading_on(tiny, documents):
+    model, window = tiny[0], tiny[0].config.max_position_embeddings
+    windows = distraction.draw(documents, window, 4, 3, seed=2)
+    kept = distraction.remembered(model, windows.past)
+    one, four = (distraction.measure(model, "tiny", windows, kept, d).perplexity for d in (1, 4))
+    both = torch.cat((windows.past, windows.current), dim=1)
+    logits, _ = model(both, last_context_length=window, logits_to_keep=window)
+    right = F.cross_entropy(logits.mT, windows.targets).exp().item()
+    assert one == pytest.approx(right, rel=1e-4) and four != pytest.approx(right, rel=1e-4)
+
+
+def test_windows_follow_their_past_and_others_are_of_other_documents(documents):
+    windows = distraction.draw(documents, 100, 20, 15, seed=3)
+    whole = torch.cat((windows.past, windows.current, windows.targets[:, -1:]), dim=1)
+    owners = [
+        next(i for i, x in enumerate(documents) if (x.unfold(0, 201, 1) == row).all(dim=1).any()) for row in whole
+    ]
+    assert torch.equal(windows.current[:, 1:], windows.targets[:, :-1]) and len(set(owners)) == 5
+    for row, owner in zip(windows.others.tolist(), owners):
+        assert len(set(row)) == 15 and owner not in [owners[i] for i in row]
+    with pytest.raises(ValueError, match="give fewer than 17 windows of others: add --windows"):
+        distraction.draw(documents, 100, 20, 17, seed=3)
+    with pytest.raises(ValueError, match="two documents of more than 6000 tokens"):
+        distraction.draw(documents, 3000, 20, 3, seed=3)
+
+
+def test_the_distraction_table_and_picture_show_each_head_of_each_model(run, tmp_path, capsys):
+    other, plain = models(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(40):
+        (data / f"{i:02}.txt").write_text(BOOK[4000 * i : 4000 * (i + 1)], encoding="utf-8")
+    flags = ["--data", data, "--contexts", "2", "1", "--windows", "4", "--model", TINY]
+    files = ["--table", tmp_path / "table", "--picture", tmp_path / "picture.svg"]
+    assert run(distraction.main, *flags, other, *files) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "table").read_text() == out and "<svg" in (tmp_path / "picture.svg").read_text()
+    table = rows(out)
+    assert table[0] == ["model", "", "d = 1", "d = 2"] and table[-1] == ["1/d", "1.000", "0.500"]
+    labels = ["r_d, all heads", *(f"layer 3, head {i}" for i in range(4)), "perplexity"]
+    assert [row[1] for row in table[2:8]] == [row[1] for row in table[8:14]] == labels
+    assert [row[2:] for row in table[2:8]] == [row[2:] for row in table[8:14]]  # two of the same model
+    assert run(distraction.main, *flags, plain) == 2 and "has no mem_layers" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""What experiments share: names of models, and their tables and pictures."""
+
+import argparse
+from pathlib import Path
+
+from cli.flags import check_new_file
+from fast.files import replacing
+
+KINDS = (".png", ".svg", ".pdf")  # of pictures
+
+
+def by_name(paths: list[Path]) -> dict[str, Path]:
+    """Models by the names of their folders, or by their paths where two have one name; each once."""
+    folders = {path.resolve(): path for path in paths}
+    names = [folder.name for folder in folders]
+    return {folder.name if names.count(folder.name) == 1 else str(path): path for folder, path in folders.items()}
+
+
+def add_output_flags(parser: argparse.ArgumentParser, drawn: str):
+    """--table and --picture, for `check_outputs`."""
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here too")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=f"draw {drawn} (needs matplotlib)")
+
+
+def check_outputs(args: argparse.Namespace):
+    """Raises ValueError, before the work begins, for what could not be drawn or written after it."""
+    for flag in ("--table", "--picture"):
+        if path := vars(args)[flag[2:]]:
+            check_new_file(flag, path)
+    if args.picture:
+        import_pyplot()
+        if args.picture.suffix not in KINDS:
+            raise ValueError(f"--picture {args.picture}: name a .png, .svg or .pdf file")
+
+
+def import_pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_table(text: str, path: Path):
+    with replacing(path) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")
+
+
+def save_picture(figure, path: Path):
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format=path.suffix[1:])
