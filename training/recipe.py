@@ -26,6 +26,10 @@ def is_number(value, high: float = sys.float_info.max) -> bool:
     return type(value) in (int, float) and 0 <= value <= high
 
 
+def is_whole(value, high: int) -> bool:
+    return type(value) is int and 0 <= value <= high
+
+
 @dataclass(frozen=True)
 class Phase:
     """One stretch of training.
@@ -58,8 +62,7 @@ class Phase:
             value = getattr(self, name)
             require(is_number(value, 1), f"{name} must be 0 to 1, not {brief(value)}")
         ranges, mix, kinds = self.ranges, self.mix, (*KEYED, *OTHERS)
-        fits = ranges is None or (isinstance(ranges, list) and ranges and all(n == 0 or is_count(n) for n in ranges))
-        fits = fits and (ranges is None or max(ranges) <= LARGEST)
+        fits = ranges is None or (isinstance(ranges, list) and ranges and all(is_whole(n, LARGEST) for n in ranges))
         require(fits, f"ranges must be null or a list of whole numbers of 0 to {LARGEST}, not {brief(ranges)}")
         fits = isinstance(mix, dict) and mix and set(mix) <= set(kinds)
         fits = fits and all(
@@ -111,16 +114,16 @@ class Recipe:
         text = read_text(path, "--recipe")
         try:
             self.raw = parse(text)
-            self.seed, self.weight_decay = self.raw["seed"], self.raw["weight_decay"]
-            self.answer_weight, self.model, phases = self.raw["answer_weight"], self.raw["model"], self.raw["phases"]
+            self.seed, self.model, phases = self.raw["seed"], self.raw["model"], self.raw["phases"]
             listed = isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases)
             require(listed, f"phases must be a list of objects, not {brief(phases)}")
             require(bool(phases), "it has no phases")
             self.phases = [Phase(**phase) for phase in phases]
-            fits = self.seed == 0 or (is_count(self.seed) and self.seed < 2**63)
+            fits = is_whole(self.seed, 2**63 - 1)
             require(fits, f"seed must be a whole number of at most 63 bits, not {brief(self.seed)}")
             for name in ("weight_decay", "answer_weight"):
                 require(is_number(self.raw[name]), f"{name} must be at least 0, not {brief(self.raw[name])}")
+            self.weight_decay, self.answer_weight = float(self.raw["weight_decay"]), float(self.raw["answer_weight"])
             names = {field.name for field in fields(FastConfig)}
             require(isinstance(self.model, dict), f"model must be an object, not {brief(self.model)}")
             unknown = sorted(set(self.model) - names)

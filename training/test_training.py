@@ -221,6 +221,7 @@ def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_
         ({"phases": []}, "phases"), ({"seed": "a"}, "seed"), ({"weight_decay": None}, "weight_decay"), ({"model": []}, "model"),
         ({"model": {"vocab_sizee": 1}}, "vocab_sizee"), ({"phases": {"a": 1}}, "phases"), ({"phases": [1]}, "phases"),
         ({"steps": 2**70}, "steps"), ({"documents": 2**70}, "documents"), ({"groups": True}, "groups"), ({"seed": 2**70}, "seed"),
+        ({"seed": 0.0}, "seed"), ({"seed": False}, "seed"), ({"ranges": [0.0]}, "ranges"), ({"ranges": [False]}, "ranges"),
         ({"weight_decay": float("nan")}, "weight_decay"), ({"learning_rate": float("inf")}, "learning_rate"),
         ({"ranges": [10**400]}, "ranges"), ({"mix": {"text": [1e308, 1e308]}}, "mix"), ({"mix": {"text": [5e-324, 1]}}, "mix"),
         ({"documents": 2**28}, "training takes"), ({"packing": 2**28}, "training takes"), ({"window": 16}, "pass key takes"),
@@ -402,7 +403,9 @@ def test_a_damaged_log_costs_its_lines_alone_and_is_told(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"weight_decay": 1e12}, {"answer_weight": 1e300}], ids=lambda changes: next(iter(changes))
+    "changes",
+    [{"weight_decay": 1e12}, {"answer_weight": 1e300}, {"answer_weight": 10**300}],
+    ids=lambda changes: next(iter(changes)),
 )
 def test_a_step_that_is_not_finite_is_not_taken_in(changes, recipe, folder, tmp_path, capsys, monkeypatch):
     raw = json.loads(recipe.read_text()) | changes
