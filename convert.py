@@ -25,7 +25,7 @@ from cli.ending import ending_well, first_line, out_of_memory, tell, warn
 import torch
 from torch import Tensor
 
-from cli.flags import parser_for
+from cli.flags import check_new_folder, new_path, parser_for
 from cli.loading import DTYPES, read_tokenizer, unlike_its_config, with_special_ids
 from fast import FastConfig
 from fast.files import (
@@ -152,7 +152,10 @@ def texts_beside(source: Path, to_hf: bool) -> dict[str, str]:
         except (OSError, ValueError) as error:
             warn(f"{path.name} is left out: {first_line(error)}")
     if (source / "tokenizer.model").exists():
-        tokenizer, name = read_tokenizer(source), "tokenizer_config.json"  # which is refused here, if it is none
+        tokenizer, name = (
+            read_tokenizer(source / "tokenizer.model"),
+            "tokenizer_config.json",
+        )  # which is refused here, if it is none
         if to_hf:
             texts[name] = tokenizer_config(texts.get(name, "{}"), tokenizer)
     return texts
@@ -198,7 +201,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     texts, tokenizer = texts_beside(source, to_hf), source / "tokenizer.model"
     if tokenizer.exists():
         try:
-            config = with_special_ids(config, read_tokenizer(source), source)
+            config = with_special_ids(config, read_tokenizer(tokenizer), source)
         except ValueError as error:  # one that the model was not made with; generate.py refuses it
             warn(str(error))
     if GENERATION in texts:  # which transformers, and we, believe more than config.json
@@ -206,6 +209,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
         texts[GENERATION] = json.dumps(json.loads(texts[GENERATION]) | ids, indent=2) + "\n"
     saved = dtype or next(iter(weights.values()))[1]
     weights = {name: (shape, stored, partial(watched, name, read)) for name, (shape, stored, read) in weights.items()}
+    nbytes = sum(torch.Size(shape).numel() * (dtype or stored).itemsize for shape, stored, _ in weights.values())
+    check_new_folder("--output", target, nbytes)
     with replacing_model(target) as made:
         write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
         write_config(made / "config.json", config, saved, to_hf)
@@ -222,7 +227,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
 def main():
     parser = parser_for(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder to read")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=new_path, required=True, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")
     parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
     parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")

@@ -25,6 +25,7 @@ from cli.flags import (
     check_new_file,
     demonstration,
     given,
+    new_path,
     number,
     parser_for,
 )
@@ -50,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_memory_flags(parser)
     add("--mem-attention-grouping", type=number(int, 1), nargs=2, metavar=("H", "Q"),
         help="attend to memory with at most H heads x Q queries at once: less memory, more time")  # fmt: skip
-    add("--save-memory", type=Path, metavar="FILE", help="write what the prompt left in memory")
+    add("--save-memory", type=new_path, metavar="FILE", help="write what the prompt left in memory")
     add("--load-memory", type=Path, metavar="FILE", help="continue what --save-memory wrote")
     add("--compile", action="store_true", help="compile the layers as they are first used: for GPUs and long texts")
     add("--quiet", action="store_true", help="no progress, no statistics, no warnings about the prompt")

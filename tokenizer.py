@@ -28,8 +28,7 @@ class Tokenizer:
             self.sp.LoadFromSerializedProto(model)
         except RuntimeError:
             raise ValueError(
-                f"{path} is not a SentencePiece model, as LLaMA 1 and 2 have it (Llama 3 has another kind): get it again, "
-                "or run `git lfs pull` if it is a pointer to it"
+                f"{path} is not a SentencePiece model, as LLaMA 1 and 2 have it (Llama 3 has another kind): get it again"
             ) from None
         self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
         if min(self.bos_id, self.eos_id) < 0:

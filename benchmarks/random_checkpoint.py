@@ -16,11 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.ending import ending_well
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from cli.flags import check_new_folder, parser_for
+from cli.flags import check_new_folder, new_path, parser_for
+from cli.loading import read_tokenizer
 from convert import write_config
 from fast import FastConfig, FastLlama
+from fast.folder import replacing_model
 
 CONFIG = {
     "hidden_size": 3200,
@@ -37,8 +40,9 @@ def make(layout: str, tokenizer: Path, output: Path):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in FastLlama(config).hf_tensors().items()}
     check_new_folder("--output", output, sum(2 * shape.numel() for shape in shapes.values()))
-    output.mkdir(parents=True)
-    shutil.copyfile(tokenizer, output / "tokenizer.model")
+    if output.exists():
+        raise FileExistsError(f"--output {output} is there already: name a new folder")
+    read_tokenizer(tokenizer)
     torch.manual_seed(0)
     tensors = {
         name: torch.ones(shape, dtype=torch.bfloat16)
@@ -48,17 +52,26 @@ def make(layout: str, tokenizer: Path, output: Path):
     }
     for i in range(config.num_hidden_layers):  # the released files carry these tables, which nobody needs
         tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(config.head_dim // 2)
+    with replacing_model(output) as made:
+        try:
+            save(layout, tensors, made)
+        except (RuntimeError, SafetensorError):  # which is what torch and safetensors make of a failed write
+            raise OSError(f"--output {output} cannot be written: is the disk full?") from None
+        shutil.copyfile(tokenizer, made / "tokenizer.model")
+        write_config(made / "config.json", config, torch.bfloat16)
+
+
+def save(layout: str, tensors: dict[str, torch.Tensor], folder: Path):
     if layout == "bin":
-        torch.save(tensors, output / "pytorch_model.bin")
-    else:
-        index = {}
-        for i in range(SHARDS):
-            file = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
-            part = {name: tensors[name] for name in sorted(tensors)[i::SHARDS]}
-            save_file(part, output / file)
-            index |= dict.fromkeys(part, file)
-        (output / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    write_config(output / "config.json", config, torch.bfloat16)
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    index = {}
+    for i in range(SHARDS):
+        file = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[i::SHARDS]}
+        save_file(part, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 def main():
@@ -67,7 +80,7 @@ def main():
         "--layout", choices=["bin", "safetensors"], required=True, help="one .bin, or sharded safetensors"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.model with at most 32000 ids")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=new_path, required=True, help="folder to make")
     args = parser.parse_args()
     with ending_well(parser):
         if not args.tokenizer.is_file():

@@ -39,9 +39,12 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, on one line. OSError and ValueError are ours, and said whole: a name in them may have several lines.
+    Others go on with advice."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(lines) if isinstance(error, (OSError, ValueError)) else lines[0]
 
 
 def printable(text: str, kept: str = "") -> str:

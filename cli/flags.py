@@ -73,6 +73,13 @@ def parse_temperature(text: str) -> float:
 parse_temperature.__name__ = "number"
 
 
+def new_path(text: str) -> Path:
+    """An argparse type: where a result is to be. Nothing, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a file or a folder")
+    return Path(text)
+
+
 def listed(parse: Callable) -> Callable:
     """An argparse type: several of another type, with commas between them."""
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,7 +41,7 @@ def load(
     """The model and the tokenizer in a folder. memory: FILE.py:CLASS. overrides: of the config; None is none. Raises OSError
     or ValueError."""
     check_folder(folder)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder / "tokenizer.model")
     dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     config = with_special_ids(FastConfig.from_json(folder / "config.json"), tokenizer, folder)
@@ -53,13 +54,24 @@ def load(
     return model, tokenizer
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
+TOKENIZERS = {  # what may lie under the name of a tokenizer.model, by its first bytes
+    rb"\Z": "empty: get it from where the model is from",
+    rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n": "a tokenizer of tiktoken's, as Llama 3 has it; it has to be a SentencePiece model",
+    rb"\s*[{\[]": "JSON, perhaps a tokenizer.json; it has to be a SentencePiece model",
+}  # fmt: skip
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a model's folder. Raises OSError or ValueError."""
-    path = folder / "tokenizer.model"
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the tokenizer.model in it")
     if not path.is_file():
-        other = " (its tokenizer.json is another kind of file)" if (folder / "tokenizer.json").is_file() else ""
-        raise FileNotFoundError(f"{folder} has no tokenizer.model{other}: get it from where the model is from")
-    if kind := instead(path, ""):
+        other = " (its tokenizer.json is another kind of file)" if (path.parent / "tokenizer.json").is_file() else ""
+        raise FileNotFoundError(f"{path.parent} has no {path.name}{other}: get it from where the model is from")
+    with path.open("rb") as file:
+        start = file.read(4096)
+    found = [kind for form, kind in TOKENIZERS.items() if re.match(form, start)]
+    if kind := instead(path, found[0] if found else ""):
         raise ValueError(f"{path} is {kind}")
     return Tokenizer(path)
 

@@ -77,7 +77,11 @@ def test_users_mistakes_become_one_line_and_bugs_stay_what_they_are(error, kind,
 def test_the_first_line_of_an_error_names_the_file():
     assert first_line(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
     assert first_line(OSError("file: cannot be written")) == "file: cannot be written"
-    assert first_line(ValueError("\n one\ntwo ")) == "one" and first_line(KeyError()) == "KeyError"
+    assert (
+        first_line(ValueError("\n one\ntwo ")) == "one two"
+        and first_line(RuntimeError("one\ntwo")) == "one"
+        and first_line(KeyError()) == "KeyError"
+    )
     assert not out_of_memory(RuntimeError("a bug")) and out_of_memory(RuntimeError("out of memory"))
 
 

@@ -230,7 +230,7 @@ def lines() -> Iterator[str]:
         try:
             typed_ahead = terminal and waiting(0)
             line = input(prompt)
-            yield from pasted(line) if terminal and not typed_ahead else [line]
+            yield from [line] if not terminal or typed_ahead else pasted(line)
         except EOFError:
             print(end="\n" if prompt else "")
             return
@@ -251,15 +251,17 @@ def waiting(seconds: float) -> bool:
 
 
 def pasted(line: str) -> list[str]:
-    """The line and those that came with it, where the terminal does not tell what was pasted: one text, but for commands."""
-    texts = [line]
+    """What was pasted, as one line where the terminal tells, or as those that came with it: one text, but for commands."""
+    pieces = line.split("\n")
     with suppress(EOFError):
         while waiting(0.05):
-            line = input()
-            if line.startswith("/") or texts[-1].startswith("/"):
-                texts.append(line)
-            else:
-                texts[-1] += "\n" + line
+            pieces += input().split("\n")
+    texts = pieces[:1]
+    for piece in pieces[1:]:
+        if piece.startswith("/") or texts[-1].startswith("/"):
+            texts.append(piece)
+        else:
+            texts[-1] += "\n" + piece
     return texts
 
 

@@ -33,6 +33,7 @@ from cli.flags import (
     check_new_file,
     demonstration,
     given,
+    new_path,
     number,
     parse_temperature,
     parser_for,
@@ -669,7 +670,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
     add_memory_flags(parser)
     add("--top", type=number(int, 1), default=3, metavar="N", help="passages for each token and layer (default 3)")
-    add("--html", type=Path, metavar="FILE", help="write a page to explore, too")
+    add("--html", type=new_path, metavar="FILE", help="write a page to explore, too")
     return parser
 
 

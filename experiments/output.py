@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
-from cli.flags import check_new_file
+from cli.ending import printable
+
+from cli.flags import check_new_file, new_path
 from fast.files import replacing
 
 KINDS = (".png", ".svg", ".pdf")  # of pictures
@@ -13,13 +15,14 @@ def by_name(paths: list[Path]) -> dict[str, Path]:
     """Models by the names of their folders, or by their paths where two have one name; each once."""
     folders = {path.resolve(): path for path in paths}
     names = [folder.name for folder in folders]
-    return {folder.name if names.count(folder.name) == 1 else str(path): path for folder, path in folders.items()}
+    labels = (folder.name if names.count(folder.name) == 1 else str(path) for folder, path in folders.items())
+    return {printable(label): path for label, path in zip(labels, folders.values())}
 
 
 def add_output_flags(parser: argparse.ArgumentParser, drawn: str):
     """--table and --picture, for `check_outputs`."""
-    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here too")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help=f"draw {drawn} (needs matplotlib)")
+    parser.add_argument("--table", type=new_path, metavar="FILE", help="write the table here too")
+    parser.add_argument("--picture", type=new_path, metavar="FILE", help=f"draw {drawn} (needs matplotlib)")
 
 
 def check_outputs(args: argparse.Namespace):

@@ -182,7 +182,7 @@ def check_writable(path: Path, nbytes: int = 0):
         part.write_bytes(bytes(4096))  # a full disk takes a name, and nothing in it
         free = shutil.disk_usage(target.parent).free
         if nbytes > free:
-            raise OSError(f"it takes {nbytes / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
+            raise OSError(f"it takes {nbytes / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB left")
 
 
 def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str], dtype: torch.dtype | None = None):

@@ -3,7 +3,9 @@
 import json
 import math
 import sys
+import zipfile
 from dataclasses import asdict, fields
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ def read_checkpoint(path: Path) -> tuple[dict, FastConfig]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: there is nothing to resume, so leave --resume out")
     state = load_pickled(path)
+    fits = zipfile.is_zipfile(path) and undamaged(path)
+    require(fits, f"{path} is damaged: what is in it is not what was written; start anew, without --resume")
     for part, kind in PARTS.items():
         fits = isinstance(state, dict) and isinstance(state.get(part), kind)
         require(fits, f"{path} is not a checkpoint of a training run: it has no {part}")
@@ -34,7 +38,8 @@ def read_checkpoint(path: Path) -> tuple[dict, FastConfig]:
     unknown = state["config"].keys() - {field.name for field in fields(FastConfig)}
     require(not unknown, f"{path}: config has fields that no config has: {sorted(map(str, unknown))[:3]}")
     try:
-        json.dumps(state["config"])  # refuses tensors, which compare with nothing
+        right = state["made_with"].get("config") in (None, digest(state["config"]))  # None: before there was one
+        require(right, "it is not the one that was written")
         config = FastConfig(**state["config"])
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: config: {first_line(error)}") from None
@@ -42,6 +47,16 @@ def read_checkpoint(path: Path) -> tuple[dict, FastConfig]:
         config.num_hidden_layers <= len(state["model"]), f"{path}: model has fewer weights than its config has layers"
     )
     return state, config
+
+
+def undamaged(path: Path) -> bool:
+    """By the checksums of the archive, which mapping does not look at."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip() is None
+
+
+def digest(config: dict) -> str:
+    return sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def check_state(path: Path, state: dict, model: FastLlama, recipe_model: dict):

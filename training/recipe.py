@@ -13,6 +13,7 @@ from cli.ending import first_line
 
 from cli.texts import read_text
 from fast import FastConfig
+from fast.files import instead
 from fast.model import LARGEST, is_count
 from longllama import require
 from training.data import KEYED, OTHERS
@@ -130,7 +131,7 @@ class Recipe:
             require(not unknown, f"model has fields that no config has: {brief(unknown)}")
         except (ValueError, TypeError, KeyError) as error:
             said = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
-            raise ValueError(f"{path} is no recipe such as training/tiny.json: {said}") from None
+            raise ValueError(f"{path} is {instead(path, f'no recipe such as training/tiny.json: {said}')}") from None
         self.ends = list(accumulate(phase.steps for phase in self.phases))
         self.steps = self.ends[-1]
 

@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well, tell, warn
+from cli.ending import ending_well, say, tell, warn
 
 import numpy as np
 import torch
@@ -33,14 +33,15 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from cli.flags import check_new_folder, number, parser_for
-from cli.loading import TINY, check_vocabulary, pick_device, unlike_its_config
+from cli.flags import check_new_folder, new_path, number, parser_for
+from cli.loading import TINY, check_vocabulary, pick_device, read_tokenizer, unlike_its_config
 from convert import save_pretrained
 from fast import FastConfig, FastLlama
 from fast.files import replacing
+from fast.folder import check_folder
 from longllama import cross_batch_extra, require
 from tokenizer import Tokenizer
-from training.checkpoint import check_finite, check_state, read_checkpoint, read_log
+from training.checkpoint import check_finite, check_state, digest, read_checkpoint, read_log
 from training.data import DATA, KEYED, Corpus
 from training.recipe import Phase, Recipe
 from training.stopping import Stop
@@ -106,7 +107,9 @@ class Trainer:
             raise FileExistsError(f"{args.output} has a run in it: add --resume to go on, or name another --output")
         if (args.output / "config.json").exists() and not args.resume:
             raise FileExistsError(f"{args.output} has a model in it, which is not replaced: name another --output")
-        tokenizer = Tokenizer(args.tokenizer)
+        if args.init:
+            check_folder(args.init)
+        tokenizer = read_tokenizer(args.tokenizer)
         state, config = read_checkpoint(self.checkpoint) if args.resume else (None, self.new_config(tokenizer))
         self.check_room(config)
         self.corpus = Corpus(args.data, tokenizer)
@@ -272,8 +275,10 @@ class Trainer:
         self.require_finite(math.isfinite(norm), f"the weights of step {self.step} are not finite")
         model, optimizer = self._state(full=True)
         if self.rank == 0:
-            state = {"step": self.step, "recipe": json.dumps(self.recipe.raw), "made_with": self.made_with}
-            state |= {"config": asdict(self.model.config), "model": model, "optimizer": optimizer}
+            config = asdict(self.model.config)
+            made_with = self.made_with | {"config": digest(config)}
+            state = {"step": self.step, "recipe": json.dumps(self.recipe.raw), "made_with": made_with}
+            state |= {"config": config, "model": model, "optimizer": optimizer}
             self.args.output.mkdir(parents=True, exist_ok=True)
             # The log first: steps in it that no checkpoint has are left out when the run is resumed.
             with replacing(self.log) as unfinished:
@@ -306,7 +311,7 @@ class Trainer:
             model = FastLlama(self.model.config)
             model.load_state_dict(weights)
             save_pretrained(model.to(torch.bfloat16), self.args.output, self.args.tokenizer)
-            print(f"wrote {self.args.output}")
+            say(f"wrote {self.args.output}\n")
 
 
 def main():
@@ -323,7 +328,7 @@ def main():
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=new_path,
         default=here / "runs" / "tiny",
         help="folder for checkpoint and model, in bfloat16 (default: training/runs/tiny)",
     )

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well, first_line
+from cli.ending import ending_well, first_line, say
 
 import sentencepiece
 
-from cli.flags import check_new_file, number, parser_for
+from cli.flags import check_new_file, new_path, number, parser_for
 from cli.texts import read_text
 from fast.files import replacing
 from fast.model import LARGEST
@@ -69,13 +69,13 @@ def main():
         default=DATA,
         help="folder of .txt files (default: training/data)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--output", type=new_path, required=True, help="file to write")
     parser.add_argument("--vocab-size", type=number(int, LEAST, LARGEST), default=2048, help="pieces (default 2048)")
     args = parser.parse_args()
     with ending_well(parser):
         check_new_file("--output", args.output)
         train(args.data, args.output, args.vocab_size)
-        print(f"wrote {args.output}")
+        say(f"wrote {args.output}\n")
 
 
 if __name__ == "__main__":
