@@ -46,7 +46,8 @@ from fast.model import check_weights, untied
 from longllama import LongLlama, LongLlamaConfig, require
 from tokenizer import Tokenizer
 
-GENERATION = "generation_config.json"
+GENERATION, TOKENIZER, SPECIAL = "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"
+DROPPED = object()  # in place of a value that goes
 LARGEST_TEXT = 1 << 24  # bytes of a file that goes with a model: a config or a template
 
 
@@ -127,23 +128,11 @@ def write_config(path: Path, config: LongLlamaConfig, dtype: torch.dtype, to_hf:
         unfinished.write_text(text + "\n", encoding="utf-8")
 
 
-def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None = None):
-    """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer.model, in the place of the
-    model that is there, if any; None: its tokenizer stays. Raises OSError."""
-    folder = Path(folder)
-    tokenizer = tokenizer or folder / "tokenizer.model"
-    with replacing_model(folder) as made:
-        write_safetensors(made / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
-        write_config(made / "config.json", model.config, model.norm.weight.dtype)
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, made / "tokenizer.model")
-
-
-def texts_beside(source: Path, to_hf: bool) -> dict[str, str]:
-    """The small files that go with the model in a folder, name -> text, those that are sound. to_hf: with a tokenizer_config.json
-    by which transformers gives our ids."""
-    texts = {}
-    for path in files_of(source, BESIDE):
+def texts_beside(source: Path, config: LongLlamaConfig, to_hf: bool = False) -> dict[str, str]:
+    """The small files that go with the model in a folder, name -> text, those that are sound, with the config's ids of
+    what begins and ends a text. to_hf: so that transformers gives our ids."""
+    texts, tokenizer = {}, source / "tokenizer.model"
+    for path in files_of(source, BESIDE) if source.is_dir() else ():
         try:
             require(path.stat().st_size <= LARGEST_TEXT, f"{path} is larger than {LARGEST_TEXT >> 20} MiB")
             if path.suffix == ".json":
@@ -151,27 +140,59 @@ def texts_beside(source: Path, to_hf: bool) -> dict[str, str]:
             texts[path.name] = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             warn(f"{path.name} is left out: {first_line(error)}")
-    if (source / "tokenizer.model").exists():
-        tokenizer, name = (
-            read_tokenizer(source / "tokenizer.model"),
-            "tokenizer_config.json",
-        )  # which is refused here, if it is none
-        if to_hf:
-            texts[name] = tokenizer_config(texts.get(name, "{}"), tokenizer)
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    changes = {GENERATION: ids}  # which transformers, and we, believe more than config.json
+    if to_hf and tokenizer.exists():
+        changes |= {name: special_tokens(texts, name, read_tokenizer(tokenizer)) for name in (TOKENIZER, SPECIAL)}
+        texts.setdefault(TOKENIZER, "{}")
+    for name in changes.keys() & texts.keys():
+        before = json.loads(texts[name])
+        after = {key: value for key, value in (before | changes[name]).items() if value is not DROPPED}
+        texts[name] = texts[name] if before == after else json.dumps(after, indent=2) + "\n"
     return texts
 
 
-def tokenizer_config(text: str, tokenizer: Tokenizer) -> str:
-    """A tokenizer_config.json, completed so that transformers gives the ids that `Tokenizer` gives, `<s>` in front. Without a
-    tokenizer_class it takes spaces as tokenizer.model says; its classes for LLaMA do not."""
-    raw = {"legacy": True} | json.loads(text)
-    if "Llama" in str(raw.get("tokenizer_class")):
-        del raw["tokenizer_class"]
-    for name, i in ("unk_token", tokenizer.sp.unk_id()), ("eos_token", tokenizer.eos_id):
-        if raw.get(name) is None:
-            raw[name] = tokenizer.sp.id_to_piece(i)
-    bos = {"bos_token": tokenizer.sp.id_to_piece(tokenizer.bos_id), "add_bos_token": True, "add_eos_token": False}
-    return json.dumps(raw | bos, indent=2)
+def special_tokens(texts: dict[str, str], name: str, tokenizer: Tokenizer) -> dict:
+    """What has to change in a file of transformers, so that it gives the ids that `Tokenizer` gives, `<s>` in front. Without a
+    tokenizer_class it takes spaces as tokenizer.model says; other classes do not."""
+    raw, sp = json.loads(texts.get(name, "{}")), tokenizer.sp
+    listed = [json.loads(texts.get(file, "{}")) for file in ("added_tokens.json", TOKENIZER)]
+    decoder = listed[1].get("added_tokens_decoder")
+    added = {*listed[0], *(content(token) for token in (decoder.values() if isinstance(decoder, dict) else ()))}
+    pieces = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": sp.unk_id(), "pad_token": -1}
+    changes = dict.fromkeys(("tokenizer_class", "auto_map", "add_prefix_space"), DROPPED)
+    changes |= {"legacy": True, "add_bos_token": True, "add_eos_token": False}
+    changes = changes if name == TOKENIZER else {}
+    for token, i in pieces.items():
+        said = content(raw.get(token))
+        known = (
+            said in added or (said and not sp.is_unknown(sp.piece_to_id(said))) or said == sp.id_to_piece(sp.unk_id())
+        )
+        if (token in raw or name == TOKENIZER) and (token == "bos_token" or not known):
+            changes[token] = sp.id_to_piece(i) if i >= 0 else DROPPED
+    return changes
+
+
+def content(token) -> str:
+    """The text of a special token, which stands in these files by itself or in an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None = None, source: Path | None = None):
+    """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer.model, in the place of the
+    model that is there, if any; None: its tokenizer stays. source: a folder whose small files go with it, or else those that are
+    there stay. Raises OSError."""
+    folder = Path(folder)
+    tokenizer = tokenizer or folder / "tokenizer.model"
+    texts = texts_beside(source or folder, model.config)
+    with replacing_model(folder) as made:
+        write_safetensors(made / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
+        write_config(made / "config.json", model.config, model.norm.weight.dtype)
+        for name, text in texts.items():
+            (made / name).write_text(text, encoding="utf-8")
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, made / "tokenizer.model")
 
 
 def watched(name: str, read: Callable[[], Tensor]) -> Tensor:
@@ -198,15 +219,14 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     weights = check_weights(config, weights, source)
     for text in unlike_its_config(source, config):
         warn(text)
-    texts, tokenizer = texts_beside(source, to_hf), source / "tokenizer.model"
+    tokenizer = source / "tokenizer.model"
     if tokenizer.exists():
+        pieces = read_tokenizer(tokenizer)
         try:
-            config = with_special_ids(config, read_tokenizer(tokenizer), source)
+            config = with_special_ids(config, pieces, source)
         except ValueError as error:  # one that the model was not made with; generate.py refuses it
             warn(str(error))
-    if GENERATION in texts:  # which transformers, and we, believe more than config.json
-        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        texts[GENERATION] = json.dumps(json.loads(texts[GENERATION]) | ids, indent=2) + "\n"
+    texts = texts_beside(source, config, to_hf)
     saved = dtype or next(iter(weights.values()))[1]
     weights = {name: (shape, stored, partial(watched, name, read)) for name, (shape, stored, read) in weights.items()}
     nbytes = sum(torch.Size(shape).numel() * (dtype or stored).itemsize for shape, stored, _ in weights.values())

@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,9 +136,10 @@ def with_special_ids(config: FastConfig, tokenizer: Tokenizer, folder: Path) -> 
 
 def added_ids(folder: Path) -> set[int]:
     """Special tokens that Hugging Face's files add to a tokenizer: what ends a turn of a chat, say."""
-    raw = {}
-    for name in ("added_tokens.json", "tokenizer_config.json"):
-        raw[name] = read_json(folder / name) if (folder / name).is_file() else {}
+    raw = {"added_tokens.json": {}, "tokenizer_config.json": {}}
+    for name in raw:
+        with suppress(OSError, ValueError):  # where one is broken, nothing is known of it
+            raw[name] = read_json(folder / name)
     decoder = raw["tokenizer_config.json"].get("added_tokens_decoder")
     listed = decoder.items() if isinstance(decoder, dict) else ()
     special = [i for i, token in listed if isinstance(token, dict) and token.get("special")]

@@ -470,7 +470,7 @@ def test_shards_without_an_index_are_read_and_one_that_is_lost_is_named(layout, 
         ({"model.gguf": "GGUF"}, "GGUF"),
         ({"config.json": "{}", "tokenizer.model": "version https://git-lfs.github.com/spec/v1"}, "git lfs pull"),
         ({"config.json": "{}", "tokenizer.model": "<html>"}, "a web page"),
-        ({"config.json": "{}", "tokenizer.model": "IQ== 0\n"}, "Llama 3 has another kind"),
+        ({"config.json": "{}", "tokenizer.model": "IQ== 0\n"}, "tiktoken's, as Llama 3 has it"),
         ({"config.json": "{}", "tokenizer.json": "{}"}, "has no tokenizer.model (its tokenizer.json"),
         ({"config.json": "\ufeff{}"}, "byte-order mark"),
         ({}, "has no config.json"),
@@ -612,21 +612,30 @@ def test_a_small_file_that_is_not_sound_is_left_out_with_a_warning(text, tmp_pat
 
 @pytest.mark.parametrize(
     "config",
-    [None, {}, TOKENIZER_CONFIG, {"tokenizer_class": "CodeLlamaTokenizer", "add_eos_token": True, "bos_token": "</s>"}],
+    [
+        None, {}, TOKENIZER_CONFIG, {"tokenizer_class": "CodeLlamaTokenizer", "add_eos_token": True, "bos_token": "</s>"},
+        {"legacy": None}, {"legacy": False, "add_prefix_space": True, "tokenizer_class": "LlamaTokenizerFast"},
+        {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "", "pad_token": "<pad>"},
+        {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "eos_token": {"content": "", "special": True}},
+    ],
     ids=str,
-)
+)  # fmt: skip
+@pytest.mark.parametrize("special", [None, {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}}], ids=str)
 @pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
-def test_transformers_makes_our_ids_of_a_folder_that_went_back(path, config, tmp_path):
+def test_transformers_makes_our_ids_of_a_folder_that_went_back(path, config, special, tmp_path):
     pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
     tokenizer = Tokenizer(path)
     convert.save_pretrained(small_model(vocab_size=tokenizer.vocab_size), tmp_path / "a", path)
     if config is not None:
         (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config))
+    if special is not None:
+        (tmp_path / "a" / "special_tokens_map.json").write_text(json.dumps(special))
     assert run_convert("--input", tmp_path / "a", "--output", tmp_path / "b", "--to-hf") == 0
     theirs = AutoTokenizer.from_pretrained(tmp_path / "b")
     for text in [text for text in TEXTS if "<s>" not in text] + ["def f(x):\n    return x\n", " one", "a\tb", "a    b"]:
         assert theirs(text)["input_ids"] == tokenizer.encode(text), text
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert len(theirs) <= tokenizer.vocab_size
 
 
 @pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\n", "IQ== 0\nIg== 1\n"])

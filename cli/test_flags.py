@@ -111,7 +111,7 @@ def test_where_a_result_cannot_be_written_is_found_by_trying(name, why, check, t
 
 def test_a_disk_known_to_be_too_small_is_told(tmp_path):
     for check in (check_new_file, check_new_folder):
-        with pytest.raises(ValueError, match="--output .* takes 1000000000.0 GB, and its disk has"):
+        with pytest.raises(ValueError, match="--output .* takes 1,000,000,000,000.0 MB, and its disk has"):
             check("--output", tmp_path / "new", 10**18)
     assert not any(tmp_path.iterdir())
 

@@ -57,6 +57,10 @@ def test_generation_config_says_what_ends_a_text_or_else_config(files, ends, tmp
     [
         ({"config": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}}, "1", 2),  # early conversions of LLaMA
         ({"config": {"eos_token_id": 700}}, "700", 2),
+        ({"config": {"eos_token_id": [2, 2048]}}, "2, 2048", 2),
+        ({"config": {"eos_token_id": -1}}, "-1", 2),
+        ({"generation_config": {"eos_token_id": [32000, 2]}}, "32000, 2", 2),
+        ({"config": {"eos_token_id": 700}, "tokenizer_config": 7}, "700", 2),
         ({"config": {"eos_token_id": 700}, "tokenizer_config": {"added_tokens_decoder": 700}}, "700", 2),
         ({"config": {"eos_token_id": 700}, "tokenizer_config": {"added_tokens_decoder": {"700": True}}}, "700", 2),
         ({"config": {"eos_token_id": 700}, "added_tokens": {"x": [700], "y": "7e2"}}, "700", 2),
@@ -93,9 +97,7 @@ def test_ids_of_another_tokenizer_are_its_own(tmp_path, capsys):
     [
         ({"config": {"eos_token_id": []}}, "config.json: eos_token_id"),
         ({"config": {"eos_token_id": [2, "3"]}}, "config.json: eos_token_id"),
-        ({"config": {"eos_token_id": [2, 2048]}}, "config.json: eos_token_id"),
         ({"generation_config": {"eos_token_id": 2.0}}, "generation_config.json: eos_token_id"),
-        ({"generation_config": {"eos_token_id": [2, -1]}}, "generation_config.json: eos_token_id"),
         ({"generation_config": [2]}, "generation_config.json is broken: it is no JSON object"),
     ],
 )

@@ -421,7 +421,8 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends():
 
 
 TOLD, LINES, COMMAND = b"\x1b[200~one\rtwo\rthree\r\x1b[201~\r", b"one\rtwo\rthree\r", b"one\rtwo\r/memory\r"
-PASTES = [(TOLD, True), (LINES, True), (LINES, False), (COMMAND, True), (COMMAND, False)]
+TOLD_COMMAND = b"\x1b[200~one\rtwo\r/memory\x1b[201~\r"
+PASTES = [(TOLD, True), (TOLD_COMMAND, True), (LINES, True), (LINES, False), (COMMAND, True), (COMMAND, False)]
 
 
 @pytest.mark.parametrize("paste, editor", PASTES)

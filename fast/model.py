@@ -60,15 +60,17 @@ class FastConfig(LongLlamaConfig):
         super().__post_init__()
 
     def check(self, name: str, kind, value, default):
-        limits = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "vocab_size")
+        limits = dict.fromkeys(("bos_token_id", "pad_token_id"), "vocab_size")
         limits["keep_local"] = "max_position_embeddings"
         if value is None and default is None:
             return
         if name in limits:
-            several = name == "eos_token_id" and isinstance(value, (list, tuple)) and value
-            fits = all(type(i) is int and 0 <= i < getattr(self, limits[name]) for i in (value if several else [value]))
-            kind = "whole numbers" if several else "one whole number"
-            require(fits, f"{name} must be {kind}, at least 0 and less than {limits[name]}, not {value!r}")
+            fits = type(value) is int and 0 <= value < getattr(self, limits[name])
+            require(fits, f"{name} must be one whole number, at least 0 and less than {limits[name]}, not {value!r}")
+        elif name == "eos_token_id":  # one that the model has not ends nothing
+            ids = value if isinstance(value, (list, tuple)) else [value]
+            fits = ids and all(type(i) is int and abs(i) <= LARGEST for i in ids)
+            require(bool(fits), f"{name} must be one whole number, or several, not {value!r}")
         elif kind in (int, int | None):
             fits = is_count(value) and value <= LARGEST
             require(fits, f"{name} must be a whole number of 1 to {LARGEST}, not {value!r}")

@@ -166,6 +166,28 @@ def test_a_converted_checkpoint_is_tuned_from_its_own_weights(whole, recipe, fol
     assert all(torch.allclose(x, tuned[name], atol=1e-6) for name, x in load_file(whole / "model.safetensors").items())
 
 
+@pytest.mark.parametrize("ids, right", [([2, 900], [2, 900]), ([700, 900, 1], 900), (5, 2)], ids=str)
+def test_what_goes_with_the_weights_that_are_tuned_comes_along_and_says_what_ends_a_text(
+    ids, right, whole, recipe, folder, tmp_path
+):
+    init, tuned = tmp_path / "init", tmp_path / "tuned"
+    shutil.copytree(whole, init)
+    beside = {
+        "added_tokens.json": {"<|im_end|>": 900},
+        "generation_config.json": {"eos_token_id": ids, "temperature": 0.6},
+    }
+    for name, raw in beside.items():
+        (init / name).write_text(json.dumps(raw))
+    raw = json.loads(recipe.read_text())
+    raw |= {"model": {}, "phases": [raw["phases"][1] | {"steps": 1}]}
+    (tmp_path / "tune.json").write_text(json.dumps(raw))
+    done, _ = train(tmp_path / "tune.json", folder, tuned, "--init", init)
+    assert done.returncode == 0 and ("ends no text" in done.stderr) == (right != ids)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tuned / name).read_text())["eos_token_id"] == right
+    assert json.loads((tuned / "added_tokens.json").read_text()) == beside["added_tokens.json"]
+
+
 def test_tuning_takes_the_tokenizer_beside_the_weights_and_goes_on_with_the_same(whole, recipe, folder, tmp_path):
     init, tuned, tune = tmp_path / "init", tmp_path / "tuned", tmp_path / "tune.json"
     shutil.copytree(whole, init)
@@ -331,6 +353,7 @@ WRONG = [
     (NORM, torch.full((32,), torch.inf)), (NORM, torch.ones(32).half()), (NORM, lambda: torch.ones(32).to_sparse()),
     (("model", "lm_head.weight"), torch.ones(2048, 32)), (("model", "other"), torch.ones(3)), (("model", 1), torch.ones(3)),
     (("config", "pad_token_id"), torch.zeros(3)), (("config", "num_hidden_layers"), 2**28), (("config", "hidden_sizee"), 1),
+    (("config", "rope_theta"), 5.0), (("config", "eos_token_id"), 7), (("config", "rms_norm_eps"), 0.5),
     (("config", "mem_layers"), (0,)), (("step",), 2**70), (("recipe",), "[" * 100_000), (("recipe",), '{"phases": 1}'),
     ((*STATE, "step"), torch.tensor(8.0)), ((*STATE, "exp_avg"), torch.full((32,), torch.nan)),
     ((*STATE, "exp_avg_sq"), torch.full((32,), -1.0)), (("optimizer", "state", "other"), {}),
@@ -346,9 +369,10 @@ def test_each_part_of_a_checkpoint_is_checked_before_it_is_used(whole, recipe, f
         test_mistakes_get_one_line_and_status_2(
             ["--resume"], "checkpoint.pt", recipe, folder, tmp_path, capsys, monkeypatch
         )
-    data = (whole / "checkpoint.pt").read_bytes()
-    for n in (0, 1, 100, len(data) // 2, len(data) - 1):
-        (tmp_path / "checkpoint.pt").write_bytes(data[:n])
+    data, middle = (whole / "checkpoint.pt").read_bytes(), (whole / "checkpoint.pt").stat().st_size // 2
+    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]  # one bit of a weight
+    for damage in (flipped, *(data[:n] for n in (0, 1, 100, middle, len(data) - 1))):
+        (tmp_path / "checkpoint.pt").write_bytes(damage)
         test_mistakes_get_one_line_and_status_2(
             ["--resume"], "checkpoint.pt", recipe, folder, tmp_path, capsys, monkeypatch
         )

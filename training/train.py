@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from cli.flags import check_new_folder, new_path, number, parser_for
-from cli.loading import TINY, check_vocabulary, pick_device, read_tokenizer, unlike_its_config
+from cli.loading import TINY, check_vocabulary, pick_device, read_tokenizer, unlike_its_config, with_special_ids
 from convert import save_pretrained
 from fast import FastConfig, FastLlama
 from fast.files import replacing
@@ -146,11 +146,8 @@ class Trainer:
         if not self.args.init:
             return FastConfig(**named | ids)
         config = FastConfig.from_json(self.args.init / "config.json", **named)
-        own = {name: getattr(config, name) for name in ids}
-        own = {
-            name: value if isinstance(value, tuple) else (value,) for name, value in own.items()
-        }  # some have several
-        return replace(config, **{name: value for name, value in ids.items() if value not in own[name]})
+        config = with_special_ids(config, tokenizer, self.args.init)
+        return replace(config, pad_token_id=ids.get("pad_token_id", config.pad_token_id))
 
     def check_room(self, config: FastConfig):
         """Refuses, before the work begins, what cannot be: of the window, the memory and the disk."""
@@ -310,7 +307,7 @@ class Trainer:
         if self.rank == 0:
             model = FastLlama(self.model.config)
             model.load_state_dict(weights)
-            save_pretrained(model.to(torch.bfloat16), self.args.output, self.args.tokenizer)
+            save_pretrained(model.to(torch.bfloat16), self.args.output, self.args.tokenizer, self.args.init)
             say(f"wrote {self.args.output}\n")
 
 
