@@ -165,9 +165,7 @@ def special_tokens(texts: dict[str, str], name: str, tokenizer: Tokenizer) -> di
     changes = changes if name == TOKENIZER else {}
     for token, i in pieces.items():
         said = content(raw.get(token))
-        known = (
-            said in added or (said and not sp.is_unknown(sp.piece_to_id(said))) or said == sp.id_to_piece(sp.unk_id())
-        )
+        known = said in added or sp.id_to_piece(sp.piece_to_id(said)) == said
         if (token in raw or name == TOKENIZER) and (token == "bos_token" or not known):
             changes[token] = sp.id_to_piece(i) if i >= 0 else DROPPED
     return changes
