@@ -179,11 +179,11 @@ def content(token) -> str:
 
 def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None = None, source: Path | None = None):
     """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer.model, in the place of the
-    model that is there, if any; None: its tokenizer stays. source: a folder whose small files go with it, or else those that are
-    there stay. Raises OSError."""
+    model that is there, if any; None: its tokenizer stays. source: a folder whose small files go with the model, too. Raises
+    OSError."""
     folder = Path(folder)
     tokenizer = tokenizer or folder / "tokenizer.model"
-    texts = texts_beside(source or folder, model.config)
+    texts = texts_beside(source, model.config) if source else {}
     with replacing_model(folder) as made:
         write_safetensors(made / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
         write_config(made / "config.json", model.config, model.norm.weight.dtype)

@@ -307,7 +307,8 @@ class Trainer:
         if self.rank == 0:
             model = FastLlama(self.model.config)
             model.load_state_dict(weights)
-            save_pretrained(model.to(torch.bfloat16), self.args.output, self.args.tokenizer, self.args.init)
+            source = self.args.init or self.args.output  # where an earlier export has put what goes with them
+            save_pretrained(model.to(torch.bfloat16), self.args.output, self.args.tokenizer, source)
             say(f"wrote {self.args.output}\n")
 
 
