@@ -54,10 +54,10 @@ class LongLlamaConfig:
     max_position_embeddings: int = 2048  # "the window"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    last_context_length: int = 1024  # newest tokens of a prompt that stay local
+    last_context_length: int = 1024  # newest prompt tokens that stay local
     mem_layers: tuple[int, ...] = ()  # those with a memory
     mem_positionals: bool = True  # False: memory layers do not rotate
-    mem_dtype: str = "bfloat16"  # memory is stored as
+    mem_dtype: str = "bfloat16"  # of stored memory
     mem_attention_grouping: tuple[int, int] | None = None  # [heads, queries] scored at once
     keep_local: int = 0  # newest tokens that stay local when the window is full
     tie_word_embeddings: bool = False
@@ -543,7 +543,7 @@ class LongLlama(nn.Module):
     def load(self, folder: Path):
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             if "lm_head.weight" not in [*file.keys()]:
-                self.tie_weights()  # which to_empty undid
+                self.tie_weights()  # to_empty undid it; two stay two
             for name, tensor in self.hf_tensors().items():
                 tensor.copy_(file.get_tensor(name))
 

@@ -150,9 +150,8 @@ def unfinished(path: Path) -> Iterator[tuple[Path, Path]]:
     """A temporary path, which is gone afterwards, and the path of the file that it may become: what a link points to, and not the
     link. Raises OSError, by the name of `path`."""
     target = Path(os.path.realpath(path))
-    part = target.with_name(
-        f".{target.name[:32]}.{os.getpid()}.part"
-    )  # nobody else's, and no longer than a name can be
+    # Nobody else's, and no longer than a name can be.
+    part = target.with_name(f".{target.name[:32]}.{os.getpid()}.part")
     try:
         if target.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
