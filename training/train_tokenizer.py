@@ -23,7 +23,7 @@ from training.data import DATA, held_out, text_files
 from training.tasks import GRASS, INTRO, KEY, QUESTION
 
 LEAST = 260  # pieces: a byte each, <unk>, <s>, </s>, and one of text
-PASSKEY_LINES = 2000  # of about 200,000: enough that the words of the pass-key task are whole pieces
+PASSKEY_LINES = 20_000  # of about 1,300,000: enough that the words of the pass-key task are whole pieces
 
 
 def lines(folder: Path):
@@ -50,6 +50,7 @@ def train(folder: Path, output: Path, vocab_size: int):
                 split_digits=True,
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,  # indentation
                 max_sentence_length=1 << 20,
                 unk_id=0,
                 bos_id=1,
