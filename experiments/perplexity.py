@@ -2,6 +2,7 @@
 
     python experiments/perplexity.py --model tiny
     python experiments/perplexity.py --model tiny training/runs/tiny --windows 0 16
+    python experiments/perplexity.py --documents 'hol_*' 'coq_*'      # of proofs alone
 
 Takes windows of held-out documents that have at least as many windows before them as the largest memory asked for, and reads each
 of them after 0, 1, 4, ... of those windows. So every column is about the very same tokens.
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 
 from cli.flags import add_model_flags, add_own_memory_flag, number, parser_for
 from cli.loading import load, pick_device
+from experiments.documents import add_document_flags, document_files
 from experiments.output import by_name
 from fast import FastLlama
 from fast.model import LARGEST
 from longllama import require
-from training.data import DATA, encode, held_out, text_files
+from training.data import encode
 
 BATCH = 8  # windows read at once
 
@@ -58,12 +60,7 @@ def main():
     parser = parser_for(__doc__)
     add_model_flags(parser, several=True)
     add_own_memory_flag(parser)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=DATA,
-        help="folder of .txt files (default: training/data)",
-    )
+    add_document_flags(parser)
     parser.add_argument(
         "--windows",
         type=number(int, 0, LARGEST),
@@ -76,7 +73,7 @@ def main():
     )
     args = parser.parse_args()
     with ending_well(parser):
-        files = held_out(text_files(args.data))
+        files = document_files(args)
         rows = [["model", *map(windows, args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
         for name, folder in by_name(args.model).items():
             model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory)

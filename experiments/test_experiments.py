@@ -1,5 +1,6 @@
 """The experiments' programs, checked: python -m pytest experiments"""
 
+import argparse
 import json
 import shutil
 import sys
@@ -17,9 +18,12 @@ from cli.loading import TINY
 from examples.knn_memory import ask
 from experiments import distraction, passkey
 from experiments import perplexity as evaluation
+from experiments.documents import add_document_flags, document_files
 from experiments.perplexity import perplexity
 from fast import FastConfig, FastLlama
 from tokenizer import Tokenizer
+from training.data import BOOK as HELD
+from training.data import held_out, text_files
 from training.tasks import prompt_ids, random_key
 
 BOOK = (TINY / "book.txt").read_text(encoding="utf-8")
@@ -66,6 +70,54 @@ def models(folder: Path) -> tuple[Path, Path]:
         config = json.loads((TINY / "config.json").read_text()) | changes
         (path / "config.json").write_text(json.dumps(config))
     return other, plain
+
+
+# -------------------------------------------------------------------------------------------------------- Documents
+
+
+def texts(folder: Path, book: str) -> Path:
+    """A folder of short documents, and one that is held out whatever other documents there are."""
+    folder.mkdir()
+    for i in range(300):
+        (folder / f"{('hol', 'coq')[i % 2]}_{i:03}.txt").write_text("Short.", encoding="utf-8")
+    (folder / HELD).write_text(book, encoding="utf-8")
+    return folder
+
+
+def test_only_held_out_documents_whose_names_match_are_read(tmp_path):
+    files = held_out(text_files(texts(tmp_path / "data", "Long.")))
+
+    def found(*patterns: str) -> list[Path]:
+        parser = argparse.ArgumentParser()
+        add_document_flags(parser)
+        flags = ["--data", str(tmp_path / "data"), *(["--documents", *patterns] if patterns else [])]
+        return document_files(parser.parse_args(flags))
+
+    assert found() == found("*") == files and len(files) > 3
+    assert found("moby_*") == found("*_dick_???.txt", "moby*") == [tmp_path / "data" / HELD]
+    assert found("moby_*", "hol_*") == [file for file in files if not file.name.startswith("coq")]
+
+
+@pytest.mark.parametrize("program", [evaluation, distraction])
+def test_a_pattern_that_no_document_matches_is_named(program, run, tmp_path, capsys):
+    data = texts(tmp_path / "data", "Long.")
+    assert run(program.main, "--data", data, "--documents", "moby_*", "MOBY_*") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--documents MOBY_*: none" in err and str(data) in err
+
+
+def test_perplexity_is_that_of_the_documents_asked_for(run, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name in [f"hol_{i}.txt" for i in range(100)] + [HELD]:
+        (tmp_path / "data" / name).write_text(BOOK[: 5000 if name == HELD else 2000], encoding="utf-8")
+    flags = ["--data", tmp_path / "data", "--windows", "0", "--stride", "1"]
+    tokens = {}
+    for patterns in (["*"], ["moby_*"], ["hol_*"]):
+        assert run(evaluation.main, *flags, "--documents", *patterns) == 0
+        tokens[patterns[0]] = int(rows(capsys.readouterr().out)[-1][-1].replace(",", ""))
+    ids = [len(Tokenizer(TINY / "tokenizer.model").encode(BOOK[:n])) for n in (5000, 2000)]
+    assert tokens["moby_*"] == (ids[0] - 1) // 256 * 256 and tokens["hol_*"] % ((ids[1] - 1) // 256 * 256) == 0
+    assert tokens["*"] == tokens["moby_*"] + tokens["hol_*"]
 
 
 # -------------------------------------------------------------------------------------------------------- Pass keys
