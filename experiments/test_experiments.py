@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -247,6 +248,40 @@ def test_perplexity_is_of_the_same_windows_with_any_memory(tiny):
         assert value == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-3)
     with pytest.raises(ValueError, match="no document is longer than 1000 windows"):
         perplexity(model, documents, 0, 1000, stride=1)
+
+
+@torch.no_grad()
+def test_perplexity_by_position_is_that_of_documents_read_whole_and_of_windows_read_alone(tiny):
+    model, tokenizer = tiny
+    n, window = 5, 256
+    texts = torch.tensor([tokenizer.encode(BOOK[start:])[: n * window + 1] for start in (0, 20000)])
+    whole, _ = model(texts[:, :-1], last_context_length=window)
+    alone, _ = model(texts[:, :-1].reshape(2 * n, window), last_context_length=window)
+    alone = alone.view_as(whole)
+    for logits, remembers in (whole, True), (alone, False):
+        losses = F.cross_entropy(logits.mT, texts[:, 1:], reduction="none")
+        right = [losses[:, a * window : b * window].mean().exp().item() for a, b in ((0, 1), (1, 2), (2, 4), (4, 5))]
+        assert evaluation.by_position(model, texts, remembers) == pytest.approx(right, rel=1e-4)
+    assert not torch.allclose(whole[:, window:], alone[:, window:], atol=0.1)  # so the two cases are not one
+
+
+def test_bins_double_up_to_the_windows_asked_for():
+    assert evaluation.labels(1) == ["1"] and evaluation.labels(8) == ["1", "2", "3-4", "5-8"]
+    assert evaluation.labels(65) == ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65"]
+
+
+def test_the_picture_of_perplexity_compares_the_same_tokens_with_memory_and_without(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    data, other = texts(tmp_path / "data", BOOK[:5000]), models(tmp_path)[0]
+    files = ["--table", tmp_path / "table.md", "--picture", tmp_path / "picture.svg"]
+    assert run(evaluation.main, "--data", data, "--windows", "0", "2", "--model", TINY, other, *files) == 0
+    out, err = capsys.readouterr()
+    assert (tmp_path / "table.md").read_text() == out and len(rows(out)) == 4
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert all(f"{name}, {kind}" in drawn for name in (TINY, other) for kind in ("with memory", "each window alone"))
+    found = re.findall(r"window (\d) of 1 documents: ([\d.]+), alone ([\d.]+)", err)
+    assert [label for label, _, _ in found] == ["1", "2"] * 2 and found[:2] == found[2:]  # two of the same model
+    assert found[0][1] == found[0][2] and found[1][1] != found[1][2]
 
 
 def test_the_perplexity_table_has_a_row_for_each_model(run, tmp_path, capsys):
