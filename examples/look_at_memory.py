@@ -8,7 +8,8 @@ and to the local context, so the two shares sum to 1, and the share of memory is
 query; `recall` computes its weights over every token, a block of memory at a time, from the keys as they are stored.
 
 Shares are averaged over heads. A passage's share is the sum of the weights from its first heavy token to its last; the text
-on either side is context. Positions count tokens from the start of the text (0 is <s>), generated ones included.
+on either side is context. Where no passage stands out, `spread` says over how many tokens memory's share is spread. Positions
+count tokens from the start of the text (0 is <s>), generated ones included.
 """
 
 import argparse
@@ -50,6 +51,8 @@ from tokenizer import SPACE, StreamDecoder, Tokenizer
 HEAVY = 64  # this many of the heaviest tokens are grouped into passages
 GAP = 16  # heavy tokens at most so far apart are one passage ...
 LONGEST = 64  # ... unless it gets longer than this many tokens
+SHOWN = 0.0005  # a passage stands out with at least this share of all attention, less would show as 0.0%, ...
+STANDS_OUT = 0.01  # ... and at least this share of the attention to memory
 CONTEXT = 12  # tokens of text shown on either side of a passage
 WORD = 8  # tokens that a word is taken to have at most
 TAIL = 24  # last tokens of the prompt, shown before the generated ones
@@ -147,10 +150,7 @@ class Passage:
 
 
 def find_passages(weights: Tensor, top: int) -> list[Passage]:
-    """The passages with the largest shares of weights (M,), at most `top`, the largest first. Heavy neighbours are one passage.
-
-    Whatever would show as 0.0% is left out, but for the largest.
-    """
+    """The passages that stand out of weights (M,), at most `top`, the largest share first. Heavy neighbours are one passage."""
     heavy = weights.topk(min(HEAVY, len(weights)))
     groups: list[list[int]] = []
     for at in sorted(i for i, w in zip(heavy.indices.tolist(), heavy.values.tolist()) if w > 0):
@@ -161,7 +161,15 @@ def find_passages(weights: Tensor, top: int) -> list[Passage]:
     spans = [(group[0], group[-1] + 1) for group in groups]
     passages = [Passage(start, stop, weights[start:stop].sum().item()) for start, stop in spans]
     passages.sort(key=lambda p: -p.share)
-    return passages[:1] + [p for p in passages[1:top] if p.share >= 0.0005]
+    least = max(SHOWN, STANDS_OUT * weights.sum().item())
+    return [p for p in passages[:top] if p.share >= least]
+
+
+def spread(weights: Tensor) -> float:
+    """Over how many tokens weights (M,) are spread: exp of their entropy, the field's perplexity: N where N tokens share evenly.
+    1 / sum of squares is that too, but of uneven weights it counts hardly more than the heavy ones. 0 where all are 0."""
+    weights = weights.double()
+    return torch.special.entr(weights / weights.sum()).sum().exp().item() if weights.any() else 0.0
 
 
 class Text:
@@ -250,6 +258,7 @@ class Views:
             "local": local,
             "heads": [round(share, 4) for share in heads.tolist()],
             "passages": passages,
+            "spread": round(float(f"{spread(weights[0]):.2g}")),
             "bins": [self.bins(part) for part in weights],
         }
 
@@ -268,10 +277,13 @@ def lines(view: dict, colour: bool) -> Iterator[str]:
     for i, layer in enumerate(view["layers"]):
         name, memory, local = f'"{view["text"]}"' if i == 0 else "", layer["memory"], layer["local"]
         line = f"{name:<12} layer {layer['layer']:<2} memory {memory:.1%} + local {local:.1%} = {memory + local:.1%}"
-        if layer["passages"]:
-            head, share = max(enumerate(layer["heads"]), key=lambda x: x[1])
-            line += f"   (memory in head {head}: {share:.1%})"
-        yield line if layer["passages"] else f"{line}   nothing is remembered yet"
+        if not layer["spread"]:
+            yield f"{line}   nothing is remembered yet"
+            continue
+        head, share = max(enumerate(layer["heads"]), key=lambda x: x[1])
+        yield f"{line}   (memory in head {head}: {share:.1%})"
+        if not layer["passages"]:
+            yield f"            spread over about {layer['spread']:,} token{'s' * (layer['spread'] > 1)}"
         for passage in layer["passages"]:
             back = f"{view['position'] - passage['heaviest']:,} tokens back"
             where = f"token {passage['heaviest']:,}, {passage['place']}, {back}"
@@ -557,7 +569,9 @@ function drawLayer(layer, view) {
   bar.lastChild.style.width = percent(layer.local);
   card.append(bar);
   if (!layer.passages.length) {
-    card.append(element("p", "rest", "Nothing was remembered yet: the text so far fitted the local context."));
+    card.append(element("p", "rest", layer.spread
+      ? "No passage stands out: spread over about " + plural(layer.spread, "token") + "."
+      : "Nothing was remembered yet: the text so far fitted the local context."));
     return card;
   }
   card.append(element("ol", "", ...layer.passages.map((passage, i) => drawPassage(passage, i + 1, view))));

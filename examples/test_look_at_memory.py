@@ -5,6 +5,7 @@ python -m pytest examples
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -215,6 +216,29 @@ def test_a_passage_has_an_end_where_attention_is_even():
     found = find_passages(weights, 30)
     assert len(found) > 1 and all(p.stop - p.start <= look.LONGEST + look.GAP for p in found)
     assert sum(p.share for p in found) == pytest.approx(1)
+
+
+def test_the_spread_of_weights_is_exp_of_their_entropy():
+    weights = torch.rand(300).square() * 0.001
+    weights[5] = 0
+    shares = [w / sum(weights.tolist()) for w in weights.tolist()]
+    assert look.spread(weights) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares if p)))
+    assert look.spread(torch.full((7,), 0.02)) == pytest.approx(7) and look.spread(torch.zeros(7)) == 0
+
+
+def test_where_no_passage_stands_out_it_is_told_over_how_many_tokens_memory_is_spread(tiny):
+    views = Views(Text([5] * 40000, tiny[1], small_model().config), 40010, top=3)
+    shown, heads = [], torch.tensor([0.8])
+    for heavy in (0.0, 0.004, 0.3):  # of attention, in one token
+        weights = torch.zeros(2, len(views.text.ids))
+        weights[0, :31234], weights[0, 77] = (0.8 - heavy) / 31234, heavy
+        weights[1, -1] = 0.2
+        shown.append([*look.lines(views.add(5, {3: Recall(weights, heads, 0.0)}), colour=False)])
+    assert [re.sub(r"\d.*", "N tokens", line[-1].strip()) for line in shown[:2]] == ["spread over about N tokens"] * 2
+    assert shown[0][1].endswith(" about 31,000 tokens") and "memory 80.0%" in shown[0][0]
+    assert "  30.0%  token 77, " in shown[2][1] and not any("spread" in line for line in shown[2])
+    (line,) = look.lines(views.add(5, {3: Recall(torch.zeros(2, 9), heads, 0.0)}), colour=False)
+    assert line.endswith("nothing is remembered yet")
 
 
 def test_text_shows_word_spaces_line_ends_and_no_control_characters(tiny):

@@ -2,6 +2,7 @@
 
     python experiments/distraction.py                                                       # the tiny model
     python experiments/distraction.py --model tiny training/runs/none --picture distraction.png
+    python experiments/distraction.py --documents 'hol_*' 'coq_*'                           # proofs alone
 
 A window of a document attends to d contexts: the window before it, and d - 1 windows of other documents. Of what its queries give
 to all of them, r_d is the share that their own past gets, the positive attention mass: 1/d, where documents are not told apart.
@@ -25,10 +26,11 @@ from torch import Tensor
 
 from cli.flags import add_model_flags, number, parser_for
 from cli.loading import load, pick_device
+from experiments.documents import add_document_flags, document_files
 from experiments.output import add_output_flags, by_name, check_outputs, import_pyplot, save_picture, save_table
 from fast import FastLlama
 from longllama import Attended, LongLlamaConfig, Memory, attend, merge, require
-from training.data import DATA, encode, held_out, text_files
+from training.data import encode
 
 AT_ONCE = 1 << 17  # tokens of memory, about
 
@@ -165,12 +167,7 @@ def main():
     parser = parser_for(__doc__)
     add_model_flags(parser, several=True)
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        default=DATA,
-        help="folder of .txt files, of which the held-out ones are read (default: training/data)",
-    )
+    add_document_flags(parser)
     add("--contexts", type=number(int, 1, 1 << 16), nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="D",
         help="contexts in memory (default 1 2 4 8 16 32 64)")  # fmt: skip
     add("--windows", type=number(int, 2, 1 << 16), default=96, metavar="N", help="windows that are read (default 96)")
@@ -179,7 +176,7 @@ def main():
     args = parser.parse_args()
     with ending_well(parser):
         check_outputs(args)
-        files, results, layers, contexts = held_out(text_files(args.data)), [], {}, sorted(set(args.contexts))
+        files, results, layers, contexts = document_files(args), [], {}, sorted(set(args.contexts))
         for name, path in by_name(args.model).items():
             model, tokenizer = load(path, pick_device(args.device), args.dtype)
             require(

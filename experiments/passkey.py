@@ -7,6 +7,9 @@
 Prompts have exactly the length asked for, in tokens. Keys lie at random depths, spread evenly from the start of the prompt
 (0%) to its end. A trial counts when greedy decoding gives all five digits, and no sixth. The filler is real text (--text), or the
 sentences about green grass that such tests are usually made of, or each in half of the trials.
+
+Beside each model stands the same without memory: of the same prompts it reads the end alone, as many tokens as its window holds
+with the answer. All of them are local, so nothing is remembered, and the rest of the prompt need not be read.
 """
 
 import sys
@@ -55,9 +58,11 @@ def measure(
     length: int,
     trials: int,
     seed: int,
+    remembers: bool = True,
 ) -> list[Trial]:
-    """`trials` trials of one length for each filler."""
+    """`trials` trials of one length for each filler. remembers: False is without memory."""
     rng, results = torch.Generator().manual_seed(seed), []
+    room = model.config.max_position_embeddings - STEPS + 1  # the last token said is not read
     device = model.embed_tokens.weight.device
     at_once = max(1, TOKENS_AT_ONCE // length)
     for filler, text in fillers.items():
@@ -68,7 +73,9 @@ def measure(
             ids = torch.tensor(
                 [prompt_ids(tokenizer, length, depth, key, text, rng) for key, depth in batch], device=device
             )
-            said = torch.stack(list(model.generate(ids, STEPS, temperature=0, eos_token_id=None)), dim=1).tolist()
+            ids, last = (ids, None) if remembers else (ids[:, -room:], room)
+            said = model.generate(ids, STEPS, temperature=0, eos_token_id=None, last_context_length=last)
+            said = torch.stack(list(said), dim=1).tolist()
             for (key, depth), answer in zip(batch, said):
                 results.append(Trial(name, filler, length, depth, answers(tokenizer.decode(answer), key)))
     return results
@@ -103,7 +110,7 @@ def table(trials: list[Trial]) -> str:
 
 
 def picture(trials: list[Trial], path: Path, bins: int):
-    """A heat map for each model: prompt length across, depth of the key down, colour the share found."""
+    """A heat map for each model, with memory and without: prompt length across, depth of the key down, colour the share found."""
     pyplot = import_pyplot()
     models, lengths = group(trials, lambda t: t.model), sorted({trial.length for trial in trials})
     figure, axes = pyplot.subplots(
@@ -157,10 +164,11 @@ def main():
                 if args.filler != "both":
                     fillers = {args.filler: fillers[args.filler]}
                 for length in dict.fromkeys(args.lengths):
-                    started = time.perf_counter()
-                    new = measure(model, tokenizer, name, fillers, length, args.trials, args.seed)
-                    trials += new
-                    report(f"{name} {short(length)}", new, started)
+                    for label, remembers in ((name, True), (f"{name}, no memory", False)):
+                        started = time.perf_counter()
+                        new = measure(model, tokenizer, label, fillers, length, args.trials, args.seed, remembers)
+                        trials += new
+                        report(f"{label} {short(length)}", new, started)
         finally:  # what was measured is told, also where one model cannot read so much
             if trials:
                 print(table(trials), flush=True)

@@ -2,13 +2,20 @@
 
     python experiments/perplexity.py --model tiny
     python experiments/perplexity.py --model tiny training/runs/tiny --windows 0 16
+    python experiments/perplexity.py --documents 'hol_*' 'coq_*' --picture proofs.png      # of proofs alone
 
-Takes windows of held-out documents that have at least as many windows before them as the largest memory asked for, and reads each
-of them after 0, 1, 4, ... of those windows. So every column is about the very same tokens.
+The table takes windows of held-out documents that have at least as many windows before them as the largest memory asked for, and
+reads each of them after 0, 1, 4, ... of those windows. So every column is about the very same tokens.
+
+The picture is perplexity by where in a document a window is: its 1st, 2nd, 3rd and 4th, 5th to 8th, ... up to that number of
+windows. One curve is of documents read from their beginning, each window with all before it in memory; the other of the same
+windows, each read alone. Documents that end earlier are left out. So all points are of the very same documents, and at each the
+curves are of the very same tokens; from point to point the tokens differ, and with them how hard they are to predict.
 """
 
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,14 +23,16 @@ from cli.ending import ending_well, tell
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cli.flags import add_model_flags, add_own_memory_flag, number, parser_for
 from cli.loading import load, pick_device
-from experiments.output import by_name
+from experiments.documents import add_document_flags, document_files
+from experiments.output import add_output_flags, by_name, check_outputs, import_pyplot, save_picture, save_table
 from fast import FastLlama
 from fast.model import LARGEST
-from longllama import require
-from training.data import DATA, encode, held_out, text_files
+from longllama import Cache, require
+from training.data import encode
 
 BATCH = 8  # windows read at once
 
@@ -33,9 +42,14 @@ def windows(n: int) -> str:
 
 
 @torch.no_grad()
-def perplexity(
-    model: FastLlama, documents: list[torch.Tensor], memory: int, most: int, stride: int
-) -> tuple[float, int]:
+def last_losses(model: FastLlama, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    """Reads ids (B, T + 1) but the last, which is a target only: the losses (B, window) of the last targets, and the cache."""
+    window = model.config.max_position_embeddings
+    logits, cache = model(ids[:, :-1], cache, last_context_length=window, logits_to_keep=window)
+    return F.cross_entropy(logits.float().mT, ids[:, -window:], reduction="none"), cache
+
+
+def perplexity(model: FastLlama, documents: list[Tensor], memory: int, most: int, stride: int) -> tuple[float, int]:
     """Perplexity of every stride-th window after the first `most`, with `memory` windows remembered; and the tokens it is of."""
     window, device = model.config.max_position_embeddings, model.embed_tokens.weight.device
     pieces = [
@@ -45,25 +59,63 @@ def perplexity(
     ]
     if not pieces:
         raise ValueError(f"no document is longer than {windows(most)} of {window} tokens")
-    loss = 0.0
-    for batch in torch.stack(pieces).to(device).split(BATCH):
-        logits, _ = model(batch[:, :-1], last_context_length=window, logits_to_keep=window)
-        loss += F.cross_entropy(logits.float().flatten(0, 1), batch[:, -window:].flatten(), reduction="sum").item()
+    loss = sum(last_losses(model, batch)[0].sum().item() for batch in torch.stack(pieces).to(device).split(BATCH))
     value = torch.tensor(loss / len(pieces) / window, dtype=torch.float64).exp().item()
     require(math.isfinite(value), f"the perplexity after {windows(memory)} is not finite")
     return value, len(pieces) * window
+
+
+def bins(n: int) -> list[tuple[int, int]]:
+    """Of windows 0 to n - 1 of a document, each of as many as are before it: (0, 1) (1, 2) (2, 4) (4, 8) ..."""
+    return [*pairwise([0, *(1 << i for i in range((n - 1).bit_length())), n])]
+
+
+def labels(n: int) -> list[str]:
+    """Of the bins, whose windows are counted from 1."""
+    return [f"{start + 1}" if stop == start + 1 else f"{start + 1}-{stop}" for start, stop in bins(n)]
+
+
+def by_position(model: FastLlama, beginnings: Tensor, remembers: bool) -> list[float]:
+    """Perplexity in each bin of the windows of beginnings (documents, n * window + 1). remembers: each is read with all windows
+    before it in memory; otherwise alone."""
+    window = model.config.max_position_embeddings
+    n = beginnings.shape[1] // window
+    sums = torch.zeros(n, dtype=torch.float64)
+    for batch in beginnings.to(model.embed_tokens.weight.device).split(BATCH):
+        cache = None
+        for i in range(n):
+            piece = batch[:, i * window : (i + 1) * window + 1]
+            losses, cache = last_losses(model, piece, cache if remembers else None)
+            sums[i] += losses.sum().item()
+    means = sums / len(beginnings) / window
+    values = [means[start:stop].mean().exp().item() for start, stop in bins(n)]
+    require(all(map(math.isfinite, values)), "the perplexity by position is not finite")
+    return values
+
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def picture(curves: dict[str, list[list[float]]], n: int, path: Path):
+    """Perplexity by position for each model, with memory and without."""
+    pyplot = import_pyplot()
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for i, (name, (remembered, alone)) in enumerate(curves.items()):
+        axis.plot(remembered, color=f"C{i}", linewidth=2.5, marker="o", label=f"{name}, with memory")
+        axis.plot(alone, color=f"C{i}", linestyle="--", marker="o", label=f"{name}, each window alone")
+    axis.set_xticks(range(len(bins(n))), labels(n))
+    axis.set(title="perplexity by position in the document", xlabel="windows of the document", ylabel="perplexity")
+    axis.legend()
+    save_picture(figure, path)
 
 
 def main():
     parser = parser_for(__doc__)
     add_model_flags(parser, several=True)
     add_own_memory_flag(parser)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=DATA,
-        help="folder of .txt files (default: training/data)",
-    )
+    add_document_flags(parser)
     parser.add_argument(
         "--windows",
         type=number(int, 0, LARGEST),
@@ -74,24 +126,36 @@ def main():
     parser.add_argument(
         "--stride", type=number(int, 1, LARGEST), default=4, help="take one window in this many (default 4)"
     )
+    add_output_flags(parser, "perplexity by position in the document, with memory and without")
     args = parser.parse_args()
     with ending_well(parser):
-        files = held_out(text_files(args.data))
+        check_outputs(args)
+        files, most, curves = document_files(args), max(args.windows), {}
+        n = max(most, 1)  # windows of the picture
         rows = [["model", *map(windows, args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
         for name, folder in by_name(args.model).items():
             model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory)
             documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in files]
             cells = []
-            for n in args.windows:
-                try:
-                    value, tokens = perplexity(model, documents, n, max(args.windows), args.stride)
-                except ValueError as error:
-                    raise ValueError(f"{folder}: {error}") from None
-                cells.append(f"{value:.2f}")
-                tell(f"{name}, {windows(n)}: {cells[-1]}")
+            try:
+                for memory in args.windows:
+                    value, tokens = perplexity(model, documents, memory, most, args.stride)
+                    cells.append(f"{value:.2f}")
+                    tell(f"{name}, {windows(memory)}: {cells[-1]}")
+                if args.picture:
+                    length = n * model.config.max_position_embeddings + 1
+                    whole = torch.stack([document[:length] for document in documents if len(document) >= length])
+                    curves[name] = [by_position(model, whole, remembers) for remembers in (True, False)]
+                    for label, remembered, alone in zip(labels(n), *curves[name]):
+                        tell(f"{name}, window {label} of {len(whole)} documents: {remembered:.2f}, alone {alone:.2f}")
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from None
             rows.append([name, *cells, f"{tokens:,}"])
-            print("\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
-            rows = []  # the header came with the first row
+            print(table(rows[-1:] if len(rows) > 3 else rows), flush=True)  # the header comes with the first row
+        if args.table:
+            save_table(table(rows), args.table)
+        if args.picture:
+            picture(curves, n, args.picture)
 
 
 if __name__ == "__main__":

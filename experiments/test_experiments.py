@@ -1,6 +1,8 @@
 """The experiments' programs, checked: python -m pytest experiments"""
 
+import argparse
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -17,9 +19,12 @@ from cli.loading import TINY
 from examples.knn_memory import ask
 from experiments import distraction, passkey
 from experiments import perplexity as evaluation
+from experiments.documents import add_document_flags, document_files
 from experiments.perplexity import perplexity
 from fast import FastConfig, FastLlama
 from tokenizer import Tokenizer
+from training.data import BOOK as HELD
+from training.data import held_out, text_files
 from training.tasks import prompt_ids, random_key
 
 BOOK = (TINY / "book.txt").read_text(encoding="utf-8")
@@ -68,6 +73,54 @@ def models(folder: Path) -> tuple[Path, Path]:
     return other, plain
 
 
+# -------------------------------------------------------------------------------------------------------- Documents
+
+
+def texts(folder: Path, book: str) -> Path:
+    """A folder of short documents, and one that is held out whatever other documents there are."""
+    folder.mkdir()
+    for i in range(300):
+        (folder / f"{('hol', 'coq')[i % 2]}_{i:03}.txt").write_text("Short.", encoding="utf-8")
+    (folder / HELD).write_text(book, encoding="utf-8")
+    return folder
+
+
+def test_only_held_out_documents_whose_names_match_are_read(tmp_path):
+    files = held_out(text_files(texts(tmp_path / "data", "Long.")))
+
+    def found(*patterns: str) -> list[Path]:
+        parser = argparse.ArgumentParser()
+        add_document_flags(parser)
+        flags = ["--data", str(tmp_path / "data"), *(["--documents", *patterns] if patterns else [])]
+        return document_files(parser.parse_args(flags))
+
+    assert found() == found("*") == files and len(files) > 3
+    assert found("moby_*") == found("*_dick_???.txt", "moby*") == [tmp_path / "data" / HELD]
+    assert found("moby_*", "hol_*") == [file for file in files if not file.name.startswith("coq")]
+
+
+@pytest.mark.parametrize("program", [evaluation, distraction])
+def test_a_pattern_that_no_document_matches_is_named(program, run, tmp_path, capsys):
+    data = texts(tmp_path / "data", "Long.")
+    assert run(program.main, "--data", data, "--documents", "moby_*", "MOBY_*") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--documents MOBY_*: none" in err and str(data) in err
+
+
+def test_perplexity_is_that_of_the_documents_asked_for(run, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name in [f"hol_{i}.txt" for i in range(100)] + [HELD]:
+        (tmp_path / "data" / name).write_text(BOOK[: 5000 if name == HELD else 2000], encoding="utf-8")
+    flags = ["--data", tmp_path / "data", "--windows", "0", "--stride", "1"]
+    tokens = {}
+    for patterns in (["*"], ["moby_*"], ["hol_*"]):
+        assert run(evaluation.main, *flags, "--documents", *patterns) == 0
+        tokens[patterns[0]] = int(rows(capsys.readouterr().out)[-1][-1].replace(",", ""))
+    ids = [len(Tokenizer(TINY / "tokenizer.model").encode(BOOK[:n])) for n in (5000, 2000)]
+    assert tokens["moby_*"] == (ids[0] - 1) // 256 * 256 and tokens["hol_*"] % ((ids[1] - 1) // 256 * 256) == 0
+    assert tokens["*"] == tokens["moby_*"] + tokens["hol_*"]
+
+
 # -------------------------------------------------------------------------------------------------------- Pass keys
 
 
@@ -84,7 +137,8 @@ def test_the_pass_key_table_has_a_row_for_each_model_and_is_printed_where_one_fa
     assert run(passkey.main, *flags, TINY, other, TINY, plain) == 2
     out, err = capsys.readouterr()
     rows = [line for line in out.splitlines() if "grass" in line]
-    assert [row.split(" | ")[0] for row in rows] == [f"| {TINY}", f"| {other}"]
+    names = [f"| {name}{kind}" for name in (TINY, other) for kind in ("", ", no memory")]
+    assert [row.split(" | ")[0] for row in rows] == names
     assert all(row.endswith("(2) |") for row in rows) and "exceed the window" in err
 
 
@@ -100,6 +154,19 @@ def test_tiny_finds_a_pass_key_hundreds_of_windows_back(tiny, run, capsys):
         found = tokenizer.decode([i.item() for i in model.generate(ids, 6, temperature=0)])
         lost = tokenizer.decode([i.item() for i in blind.generate(ids[:, -128:], 6, temperature=0)])
         assert found.strip() == "90417" != lost.strip()
+
+
+def test_without_memory_a_pass_key_is_found_in_the_last_window_alone(tiny):
+    model, tokenizer = tiny
+    fillers = {"text": tokenizer.encode(BOOK, bos=False)}
+    blind = FastLlama.from_pretrained(TINY, mem_layers=())  # has none, and refuses more than its window
+    trials, others, remembered = (
+        passkey.measure(of, tokenizer, "tiny", fillers, 800, 6, 2, remembers)
+        for of, remembers in ((model, False), (blind, False), (model, True))
+    )
+    assert trials == others and [t.depth for t in trials] == [t.depth for t in remembered]
+    near, far = ([t.found for t in trials if (t.depth > 1 - 256 / 800) == end] for end in (True, False))
+    assert any(near) and not any(far) and sum(t.found for t in remembered) > sum(near)
 
 
 class Sure(FastLlama):
@@ -140,7 +207,7 @@ def test_a_table_is_written_and_a_picture_drawn(run, tmp_path, capsys):
     assert run(passkey.main, *flags) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.svg", "table.md"]
     assert table.read_text() == capsys.readouterr().out and rows(table.read_text())[0][2:] == ["512", "1k"]
-    assert picture.stat().st_size > 1000
+    assert "<!-- tiny, no memory -->" in picture.read_text()
 
 
 @pytest.mark.parametrize(
@@ -195,6 +262,40 @@ def test_perplexity_is_of_the_same_windows_with_any_memory(tiny):
         assert value == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-3)
     with pytest.raises(ValueError, match="no document is longer than 1000 windows"):
         perplexity(model, documents, 0, 1000, stride=1)
+
+
+@torch.no_grad()
+def test_perplexity_by_position_is_that_of_documents_read_whole_and_of_windows_read_alone(tiny):
+    model, tokenizer = tiny
+    n, window = 5, 256
+    texts = torch.tensor([tokenizer.encode(BOOK[start:])[: n * window + 1] for start in (0, 20000)])
+    whole, _ = model(texts[:, :-1], last_context_length=window)
+    alone, _ = model(texts[:, :-1].reshape(2 * n, window), last_context_length=window)
+    alone = alone.view_as(whole)
+    for logits, remembers in (whole, True), (alone, False):
+        losses = F.cross_entropy(logits.mT, texts[:, 1:], reduction="none")
+        right = [losses[:, a * window : b * window].mean().exp().item() for a, b in ((0, 1), (1, 2), (2, 4), (4, 5))]
+        assert evaluation.by_position(model, texts, remembers) == pytest.approx(right, rel=1e-4)
+    assert not torch.allclose(whole[:, window:], alone[:, window:], atol=0.1)  # so the two cases are not one
+
+
+def test_bins_double_up_to_the_windows_asked_for():
+    assert evaluation.labels(1) == ["1"] and evaluation.labels(8) == ["1", "2", "3-4", "5-8"]
+    assert evaluation.labels(65) == ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65"]
+
+
+def test_the_picture_of_perplexity_compares_the_same_tokens_with_memory_and_without(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    data, other = texts(tmp_path / "data", BOOK[:5000]), models(tmp_path)[0]
+    files = ["--table", tmp_path / "table.md", "--picture", tmp_path / "picture.svg"]
+    assert run(evaluation.main, "--data", data, "--windows", "0", "2", "--model", TINY, other, *files) == 0
+    out, err = capsys.readouterr()
+    assert (tmp_path / "table.md").read_text() == out and len(rows(out)) == 4
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert all(f"{name}, {kind}" in drawn for name in (TINY, other) for kind in ("with memory", "each window alone"))
+    found = re.findall(r"window (\d) of 1 documents: ([\d.]+), alone ([\d.]+)", err)
+    assert [label for label, _, _ in found] == ["1", "2"] * 2 and found[:2] == found[2:]  # two of the same model
+    assert found[0][1] == found[0][2] and found[1][1] != found[1][2]
 
 
 def test_the_perplexity_table_has_a_row_for_each_model(run, tmp_path, capsys):
