@@ -13,7 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import bench
+from benchmarks import memory as memory_program
 from cli.loading import TINY
+from cli.test_ending import run_main
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -29,21 +31,9 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_each_implementation_gets_a_line_of_numbers():
-    quick = (
-        "--device",
-        "cpu",
-        "--prompt-tokens",
-        "300",
-        "--decode",
-        "2",
-        "--repeats",
-        "1",
-        "--mem-dtype",
-        "float32,bfloat16",
-        "--mem-device",
-        "cpu",
-    )
-    done = run("bench.py", "--shape", "tiny", *quick, "--compare", "core,naive,sdpa,transformers")
+    sizes = ("--shape", "tiny", "--prompt-tokens", "300", "--decode", "2", "--repeats", "1")
+    variants = ("--mem-dtype", "float32,bfloat16", "--mem-device", "cpu", "--compare", "transformers")
+    done = run("bench.py", "--device", "cpu", *sizes, *variants)
     assert done.returncode == 0, done.stderr
     lines = [
         [cell.strip() for cell in line.strip("| ").split("|")]
@@ -51,18 +41,35 @@ def test_each_implementation_gets_a_line_of_numbers():
         if line[:5] == "| 300"
     ]
     names = [(name, dtype) for _, name, dtype, *_ in lines]
-    others = [("core", "float32"), ("naive", "float32"), ("sdpa", "float32"), ("transformers", "-")]
-    assert names == [("longllama", "float32"), ("longllama", "bfloat16"), *others]
+    assert names == [("longllama", "float32"), ("longllama", "bfloat16"), ("transformers", "-")]
     for line in lines:
         assert all(re.fullmatch(r"[\d,.]+%?", cell) for cell in line[3:]), line
         weights, growth, memory, rest = (float(cell.replace(",", "")) for cell in line[-4:])
         assert abs(growth - memory - rest) < 0.2 and weights > 5
 
 
-def test_what_does_not_fit_is_said():
+@pytest.mark.parametrize("name", ["longllama", *bench.COMPARED])
+@torch.inference_mode()
+def test_each_implementation_computes_the_same_and_is_measured(name):
+    model = bench.random_model("tiny", CPU, torch.float32)
+    for mem_dtype in ("float32", "bfloat16"):
+        read, config = bench.reader(name, mem_dtype, model), model.config
+        bench.check(name, mem_dtype, model, read)
+        prefill, step, local, memory = bench.measure(read, model, 2, 300, steps=2)
+        assert prefill > 0 and step > 0
+        if name == "transformers":
+            assert (local, memory) == (302.5, 0)  # two steps are counted, after a first one
+        else:
+            last, width = config.last_context_length, config.hidden_size * len(config.mem_layers)
+            remembered = 2 * 2 * (300 - last) * width  # keys and values in two rows
+            assert (local, memory) == (last + 2.5, remembered * getattr(torch, mem_dtype).itemsize)
+
+
+def test_what_does_not_fit_is_said(capsys):
     huge = ("--batch", "268435456", "--prompt-tokens", "256M")
-    done = run("bench.py", "--shape", "tiny", "--device", "cpu", *huge, "--compare", "")
-    assert done.returncode == 2 and done.stdout == "" and "nothing of that fits" in done.stderr
+    assert run_main(bench.main, "--shape", "tiny", "--device", "cpu", *huge, "--compare", "") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "nothing of that fits" in err
 
 
 @torch.no_grad()
@@ -73,7 +80,6 @@ def test_an_implementation_that_computes_something_else_is_not_timed():
     def elsewhere(q, k, v, seen):
         return bench.naive_attention(q, k, v, seen.roll(1, dims=1))
 
-    bench.check("naive", "float32", model, bench.reader("naive", "float32", model))
     with pytest.raises(SystemExit, match="logits of naive differ"):
         wrong = lambda ids, cache: (cache or bench.Plain(config, weights, elsewhere)).read(ids)  # noqa: E731
         bench.check("naive", "float32", model, wrong)
@@ -97,20 +103,19 @@ def test_prefill_flops_are_what_counting_token_by_token_gives(T):
     assert bench.prefill_flops(config, 3, T, 8) == 3 * 2 * count
 
 
-def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overflow(tmp_path):
+def test_the_memory_table_shows_what_is_lost_by_a_coarse_memory_and_by_an_overflow(tmp_path, capsys):
     def table(characters, *flags):
         (tmp_path / "text.txt").write_text((TINY / "book.txt").read_text()[:characters])  # just enough
-        done = run("memory.py", "--text", str(tmp_path / "text.txt"), *flags)
-        assert done.returncode == 0, done.stderr
-        return [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+        assert run_main(memory_program.main, "--text", tmp_path / "text.txt", *flags) == 0
+        return [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
 
-    rows = table(60000, "--mem-dtype", "float8_e4m3fn", "--mem-topk", "8,all", "--length", "1k", "--trials", "2")
+    rows = table(60000, "--mem-dtype", "float8_e4m3fn", "--mem-topk", "8,all", "--length", "1k", "--trials", "1")
     assert [row[:3] for row in rows] == [
         ["float32", "all", "1,024"], ["float8_e4m3fn", "8", "256"], ["float8_e4m3fn", "all", "256"],
     ]  # fmt: skip
     exact, few, coarse = (float(row[3]) for row in rows)
     assert exact == 0 < coarse < 0.1 and few > 0
-    rows = table(20000, "--keep-local", "0,64")
+    rows = table(9000, "--keep-local", "0,64")
     assert [row[0] for row in rows] == ["0", "64", "no overflow"]
     assert float(rows[0][1]) > float(rows[1][1]) and float(rows[0][5]) > float(rows[1][5])
 

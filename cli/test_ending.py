@@ -162,7 +162,9 @@ def test_streams_that_are_closed_or_lack_a_character_are_no_mistake(monkeypatch)
 
 
 PROGRAM = (
-    "from cli.ending import ending_well\nfrom cli.flags import parser_for\nwith ending_well(parser_for('')):\n    "
+    "from argparse import SUPPRESS, ArgumentParser\n"
+    "from cli.ending import ending_well\n"
+    "with ending_well(ArgumentParser(usage=SUPPRESS)):\n    "
 )
 
 

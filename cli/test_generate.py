@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+import convert
 import generate
 from cli.loading import TINY, load
 from cli.progress import Progress, process_peak, statistics
@@ -70,24 +71,25 @@ def test_generate_writes_text_to_stdout_and_the_rest_to_stderr(capsys, tiny):
     assert out and err == ""
 
 
-def test_without_arguments_it_shows_that_a_pass_key_is_found():
-    done = run_program("generate.py")
-    assert (done.returncode, done.stdout.split()) == (0, ["71428"]), done.stderr
-    assert "pass key, 71428" in done.stderr
-    said, *explanation = done.stderr.strip().splitlines()
+def test_without_arguments_it_shows_that_a_pass_key_is_found(capsys):
+    status = run_main(generate.main)
+    out, err = capsys.readouterr()
+    assert (status, out.split()) == (0, ["71428"]), err
+    assert "pass key, 71428" in err
+    said, *explanation = err.strip().splitlines()
     tokens, windows = re.search("prompt ([0-9,]+) tokens in ([0-9,]+) windows", said).groups()
     assert f"{round(int(tokens.replace(',', '')), -3):,} tokens" in " ".join(explanation) and int(windows) > 160
     named = re.findall(r"python (\S+\.py)", explanation[-1])
     assert len(named) >= 2 and all((ROOT / file).is_file() for file in named)
 
 
-@pytest.mark.parametrize("program", ["generate.py", "convert.py"])
-def test_help_ends_with_the_commands_of_the_docstring(program):
-    done = run_program(program, "--help")
-    doc = (ROOT / program).read_text().split('"""')[1]
+@pytest.mark.parametrize("program", [generate, convert], ids=lambda program: program.__name__)
+def test_help_ends_with_the_commands_of_the_docstring(program, capsys):
+    status, doc = run_main(program.main, "--help"), program.__doc__
+    out, err = capsys.readouterr()
     commands = re.findall("^    python .*", doc, re.MULTILINE)
-    assert (done.returncode, done.stderr) == (0, "") and len(commands) >= 2
-    assert done.stdout.startswith(doc.split("\n")[0]) and done.stdout.endswith("\n".join(["examples:", *commands, ""]))
+    assert (status, err) == (0, "") and len(commands) >= 2
+    assert out.startswith(doc.split("\n")[0]) and out.endswith("\n".join(["examples:", *commands, ""]))
 
 
 def test_generate_counts_windows_and_memory(capsys, tmp_path, tiny):
@@ -243,14 +245,15 @@ def test_a_memory_is_not_saved_over_a_pipe_or_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits")
-def test_a_memory_that_cannot_be_written_after_all_does_not_take_the_text_with_it(tmp_path):
+def test_a_memory_that_cannot_be_written_after_all_does_not_take_the_text_with_it(tmp_path, capsys):
     def limit():  # of a file's size: what is tried before the text is read fits, and a memory does not
         resource = importlib.import_module("resource")
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
-    command = ("generate.py", "--prompt", "The sea", "--max-new-tokens", 9, *GREEDY, "--quiet")
-    done = run_program(*command, "--save-memory", tmp_path / "memory", preexec_fn=limit)
-    assert done.stdout == run_program(*command).stdout != ""
+    flags = ("--prompt", "The sea", "--max-new-tokens", 9, *GREEDY, "--quiet")
+    done = run_program("generate.py", *flags, "--save-memory", tmp_path / "memory", preexec_fn=limit)
+    assert run_main(generate.main, *flags) == 0
+    assert done.stdout == capsys.readouterr().out != ""
     assert re.fullmatch(rf"generate.py: error: {tmp_path / 'memory'} cannot be written: File too large\n", done.stderr)
     assert done.returncode == 2 and not any(tmp_path.iterdir())
 

@@ -314,24 +314,25 @@ def test_a_quarter_of_the_window_stays_local_if_nothing_says_otherwise(flags, wr
     assert program.memory_settings(program.arguments()[1])["keep_local"] == kept
 
 
-def chat_process(lines: str | bytes, *flags: str) -> subprocess.CompletedProcess:
-    data = lines.encode() if isinstance(lines, str) else lines
-    return subprocess.run([sys.executable, CHAT, *flags], input=data, capture_output=True, timeout=120, env=ONE_THREAD)
+def test_as_a_filter_it_prints_answers_alone(tmp_path, monkeypatch, capsys):
+    def answer(lines: bytes, *flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags), "--temperature", "0", "--max-new-tokens", "6"])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        with pytest.raises(SystemExit) as exit:
+            program.main()
+        return exit.value.code, *capsys.readouterr()
 
-
-def test_as_a_filter_it_prints_answers_alone(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text(BOOK[:2000] + " The pass key is 71428. Remember it. 71428 is the pass key. " + BOOK[2000:4000])
-    question, saved = "What is the pass key? The pass key is", tmp_path / "saved"
-    lines = f"/save {saved}\n{question}\n/memory\n\n/nosuch\r\n{question}"
-    done = chat_process(lines, "--read", str(book), "--temperature", "0", "--max-new-tokens", "6", "--fork")
-    assert done.stdout.decode() == "71428\n\n71428\n", done.stderr
-    assert done.returncode == 1 and done.stderr.count(b"\n") == 3  # two lines of sizes, and a command that is none
-    done = chat_process(question, "--load-memory", str(saved), "--temperature", "0", "--max-new-tokens", "6")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"71428\n", b"")
-    of_windows = b"\xef\xbb\xbf/memory\r\n" + question.encode() + b"\r\n"
-    done = chat_process(of_windows, "--load-memory", str(saved), "--temperature", "0", "--max-new-tokens", "6")
-    assert (done.returncode, done.stdout) == (0, b"71428\n") and done.stderr.startswith(b"memory ")
+    question, saved = b"What is the pass key? The pass key is", tmp_path / "saved"
+    lines = b"/save %b\n%b\n/memory\n\n/nosuch\r\n%b" % (str(saved).encode(), question, question)
+    status, out, err = answer(lines, "--read", book, "--fork")
+    assert out == "71428\n\n71428\n", err
+    assert status == 1 and err.count("\n") == 3  # two lines of sizes, and a command that is none
+    assert answer(question, "--load-memory", saved) == (0, "71428\n", "")
+    of_windows = b"\xef\xbb\xbf/memory\r\n" + question + b"\r\n"
+    status, out, err = answer(of_windows, "--load-memory", saved)
+    assert (status, out) == (0, "71428\n") and err.startswith("memory ")
 
 
 @pytest.mark.parametrize(
@@ -422,20 +423,20 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends():
 
 TOLD, LINES, COMMAND = b"\x1b[200~one\rtwo\rthree\r\x1b[201~\r", b"one\rtwo\rthree\r", b"one\rtwo\r/memory\r"
 TOLD_COMMAND = b"\x1b[200~one\rtwo\r/memory\x1b[201~\r"
-PASTES = [(TOLD, True), (TOLD_COMMAND, True), (LINES, True), (LINES, False), (COMMAND, True), (COMMAND, False)]
 
 
-@pytest.mark.parametrize("paste, editor", PASTES)
-def test_lines_that_are_pasted_together_are_one_question(paste, editor):
+@pytest.mark.parametrize("editor, pastes", [(True, [TOLD, TOLD_COMMAND, LINES, COMMAND]), (False, [LINES, COMMAND])])
+def test_lines_that_are_pasted_together_are_one_question(editor, pastes):
     """Whether there is a line editor or not, and whether the terminal tells what was pasted or not."""
     without = "sys.modules['readline'] = None; " * (not editor)
     run = f"import runpy; sys.argv[1:] = ['--max-new-tokens', '2']; runpy.run_path({CHAT!r}, run_name='__main__')"
     with Screen("-c", "import sys; " + without + run) as screen:
         screen.wait_for(b"Ctrl-D ends.")
-        screen.wait_for(b"> ", paste)
-        if b"/memory" not in paste:
-            screen.wait_for(b"> ", b"/memory\r")
-        screen.wait_for(b"1 turns")
+        for turns, paste in enumerate(pastes, 1):
+            screen.wait_for(b"> ", paste)
+            if b"/memory" not in paste:
+                screen.wait_for(b"> ", b"/memory\r")
+            screen.wait_for(b" %d turns" % turns)
         screen.wait_for(b"> ", b"\x04")
         assert screen.process.wait(30) == 0
 

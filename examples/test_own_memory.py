@@ -3,10 +3,9 @@
 Truth is each rule in a few plain lines, for one head of one row, over the keys of all tokens that came and were not forgotten.
 """
 
+import io
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import generate
 from cli.loading import TINY, load, own_memory
 from cli.texts import hide_key
-from examples import look_at_memory
+from examples import chat, look_at_memory
 from examples import own_memory as program
 from examples.own_memory import Every, LargestNorm, Newest, Sample, Sinks, Unlike
 from experiments import passkey, perplexity
@@ -25,7 +24,6 @@ from fast import MEM_DTYPES, FastConfig, FastLlama
 from longllama import attend
 
 ROOT = Path(__file__).resolve().parents[1]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 RULES = (Newest, Sinks, Every, Sample, LargestNorm, Unlike)
 B, G, D = 3, 2, 12  # heads of 12 numbers are stored as 16
 PADDING = torch.tensor([0, 9, 50])  # tokens at the start of each row; the last one's are more than come first
@@ -165,10 +163,11 @@ def test_in_a_model_forks_and_a_row_beside_a_padded_one_are_as_alone(rule, mem_d
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(program, *flags): the exit status of a program, and what it wrote."""
+    """run(program, *flags): the exit status of a program that reads `typed`, and what it wrote."""
 
-    def run(program, *flags) -> tuple[int, str, str]:
+    def run(program, *flags, typed: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
         status = 0
         try:
             program.main()
@@ -208,9 +207,8 @@ def test_chat_passkey_and_perplexity_take_it(book, run, tmp_path):
     read.write_text(book.read_text(encoding="utf-8").removesuffix(question), encoding="utf-8")
     for rule, found in ("LargestNorm", True), ("Newest", False):
         memory = ("--memory", f"{FILE}:{rule}")
-        command = [sys.executable, ROOT / "examples" / "chat.py", "--read", read, *GREEDY, *memory]
-        done = subprocess.run(command, input=question, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
-        assert done.returncode == 0 and (done.stdout.strip() == "71428") == found, done.stderr
+        status, out, err = run(chat, "--read", read, *GREEDY, *memory, typed=question)
+        assert status == 0 and (out.strip() == "71428") == found, err
         status, out, err = run(passkey, "--lengths", "4k", "--trials", "2", "--filler", "text", "--seed", "1", *memory)
         assert status == 0 and ("100% (2)" in out) == found, err
     for i in range(16):  # the ninth is held out
@@ -256,7 +254,7 @@ def kept_tokens(text: Path, rule) -> tuple[set[int], int]:
 
 
 def test_the_program_prints_a_row_for_each_rule(run):
-    status, out, err = run(program, "--length", "4k", "--trials", "2")
+    status, out, err = run(program, "--length", "4k", "--trials", "1")
     assert status == 0, err
     rows = [line.strip("| ").split(" | ") for line in out.splitlines()]
     assert rows[0] == ["rule", "tokens kept", "pass keys in 4k"]
