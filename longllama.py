@@ -165,7 +165,7 @@ class Memory:
 
         after 6 windows  [. . . .] [. .]      after 7  [. . . .] [. .] [.]      after 8  [. . . . . . . .]
 
-    To keep only some tokens, override `choose`. Another make of memory needs `append`, `attend`, `fork`, `length` (all tokens
+    To keep only some tokens, override `choose`. Another make of memory needs `append`, `attend`, `fork`, `length` (tokens
     appended, kept or not) and `nbytes`."""
 
     BLOCK = 8192  # tokens
