@@ -165,7 +165,7 @@ class Memory:
 
         after 6 windows  [. . . .] [. .]      after 7  [. . . .] [. .] [.]      after 8  [. . . . . . . .]
 
-    To keep only some tokens, override `choose`. Another make of memory needs `append`, `attend`, `fork`, `length` (all tokens
+    To keep only some tokens, override `choose`. Another make of memory needs `append`, `attend`, `fork`, `length` (tokens
     appended, kept or not) and `nbytes`."""
 
     BLOCK = 8192  # tokens
@@ -220,7 +220,7 @@ class Memory:
         return sum(k.nbytes + v.nbytes for k, v, _ in self.blocks)
 
     def fork(self):
-        return copy(self)  # what is shared is never written into
+        return copy(self)
 
     def expand(self, n: int):
         self.blocks = [tuple(x.expand(n, -1, -1, -1) for x in block) for block in self.blocks]
@@ -294,7 +294,7 @@ class Cache:
         return sum(layer.memory.nbytes for layer in self.layers if layer.memory is not None)
 
     def restart(self, keep: int = 0):
-        """The local context moves into memory, or is lost, but for its newest `keep` tokens, which start the next."""
+        """Restarts every layer's local context."""
         moved = self.local_length - keep
         if moved > 0:
             self.memory_length, self.local_length = self.memory_length + moved, keep
@@ -344,19 +344,18 @@ def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig)
     return pieces
 
 
-def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, extra: list[int]) -> Tensor:
+def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, extra: list[int], detached=False) -> Tensor:
     """FoT's training (paper, section 3.2): row b of a batch, an *entry*, sees itself, causally, and the extra[b] entries before.
-
-    q (B, H, T, D); k, v, unrotated (B, G, T, D) -> (B, H, T, D). Others' keys are unrotated, as in memory, and get gradients."""
+    Those get gradients unless detached; their keys are unrotated, as in memory. q (B, H, T, D), the rest (B, G, T, D) -> as q."""
     T, gqa = q.shape[2], q.shape[1] != k.shape[1]
     if not any(extra):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    unrotated, values, outs = unrotated.unbind(), v.unbind(), []
-    for b, n in enumerate(extra):
-        keys = torch.cat((*unrotated[b - n : b], k[b]), dim=1)  # (G, (n + 1) * T, D)
-        vs = torch.cat(values[b - n : b + 1], dim=1)
+    (ks, vs), outs = ((x.detach() if detached else x).unbind() for x in (unrotated, v)), []
+    for b, (n, key, value) in enumerate(zip(extra, k, v)):
+        keys = torch.cat((*ks[b - n : b], key), dim=1)  # (G, (n + 1) * T, D)
+        values = torch.cat((*vs[b - n : b], value), dim=1)
         seen = torch.ones(T, (n + 1) * T, dtype=torch.bool, device=q.device).tril(n * T)
-        outs.append(F.scaled_dot_product_attention(q[b, None], keys[None], vs[None], seen, enable_gqa=gqa))
+        outs.append(F.scaled_dot_product_attention(q[b, None], keys[None], values[None], seen, enable_gqa=gqa))
     return torch.cat(outs)
 
 
@@ -504,12 +503,13 @@ class LongLlama(nn.Module):
             x = layer(x, rope, partial(context.append_and_attend, real=cache.real))
         return x
 
-    def forward_cross_batch(self, input_ids: Tensor, extra: list[int]) -> Tensor:
-        """FoT training: input_ids (B, T) -> logits (B, T, V). In memory layers entry b sees extra[b] before it."""
-        rope = rope_table(0, input_ids.shape[1], self.config, input_ids.device)
+    def forward_cross_batch(self, input_ids: Tensor, extra: list[int], detached=False) -> Tensor:
+        """FoT training: input_ids (B, T) -> logits (B, T, V), by `cross_batch_attention` in memory layers."""
         x = self.embed_tokens(input_ids)
+        rope = rope_table(0, x.shape[1], self.config, x.device)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, partial(cross_batch_attention, extra=extra if i in self.config.mem_layers else []))
+            seen = extra if i in self.config.mem_layers else []
+            x = layer(x, rope, partial(cross_batch_attention, extra=seen, detached=detached))
         return self.logits(x)
 
     @torch.no_grad()

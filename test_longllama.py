@@ -320,17 +320,19 @@ def test_memory_keys_are_unrotated_and_local_ones_have_positions_from_0(layer, m
     assert error(out, naive(turned(q[:, :, 12:], 5), keys, values, seen)[0]) < bound
 
 @torch.enable_grad()
-def test_cross_batch_attention_is_the_formula_and_gradients_flow_into_the_other_entries(G):
+@each_of("detached", [False, True])
+def test_cross_batch_attention_is_the_formula_and_gradients_flow_into_the_other_entries_unless_detached(detached, G):
     B, H, T, D, extra, rights = 5, 4, 6, 8, [0, 1, 2, 0, 3], []
     q, k, v, unrotated, weight = (torch.randn(B, n, T, D, requires_grad=True) for n in (H, G, G, G, H))
+    others = [x.detach() if detached else x for x in (unrotated, v)]  # constants, or not
     for b, n in enumerate(extra):
-        keys, values = (torch.cat([*past[b - n : b], own[b]], dim=1)[None] for past, own in ((unrotated, k), (v, v)))
+        keys, values = (torch.cat([*past[b - n : b], own[b]], dim=1)[None] for past, own in zip(others, (k, v)))
         seen = torch.ones(T, (n + 1) * T, dtype=torch.bool).tril(n * T)
         rights.append(naive(q[b : b + 1], keys, values, seen)[0])
-    out, right = longllama.cross_batch_attention(q, k, v, unrotated, extra), torch.cat(rights)
-    ours, theirs = (torch.autograd.grad((x * weight).sum(), (q, k, v, unrotated)) for x in (out, right))
-    assert error(out, right) < 1e-5 and all(error(a, b) < 1e-4 for a, b in zip(ours, theirs))
-    assert ours[3][2].abs().max() > 1e-3  # entry 2 is seen by others unrotated only: by entry 4
+    out, right = longllama.cross_batch_attention(q, k, v, unrotated, extra, detached), torch.cat(rights)
+    grads = [torch.autograd.grad((x * weight).sum(), (q, k, v, unrotated), materialize_grads=True) for x in (out, right)]
+    assert error(out, right) < 1e-5 and all(error(a, b) < 1e-4 for a, b in zip(*grads))
+    assert (grads[0][3][2].abs().max() > 1e-3) != detached  # entry 2 is seen by others unrotated only: by entry 4
     alone = naive(q, k, v, seen[:, -T:])[0]
     assert error(longllama.cross_batch_attention(q, k, v, unrotated, [0] * B), alone) < 1e-5
 
@@ -341,6 +343,23 @@ def test_training_shows_memory_layers_what_inference_remembers(kind):
     model, ids = small_model(kind, num_key_value_heads=2), small_ids(1, 5 * 16)
     trained = model.forward_cross_batch(ids.view(5, 16), extra=[0, 1, 2, 3, 4])
     assert error(trained.view(1, 80, 61), model(ids, last_context_length=16)[0]) < 1e-4
+
+def test_detached_training_has_the_gradients_of_reading_on_after_a_memory_that_is_fixed(kind):
+    model, ids = small_model(kind, num_key_value_heads=2), small_ids(4, 16)
+    cache, trained = model.new_cache(), [p for p in model.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        full, detached = (model.forward_cross_batch(ids, [0, 1, 2, 3], detached) for detached in (False, True))
+        flow, ours = (torch.autograd.grad(logits.logsumexp(-1).sum(), trained) for logits in (full, detached))
+    assert torch.equal(full, detached)
+    right = [torch.zeros_like(p) for p in trained]
+    for row in ids[:, None]:
+        with torch.enable_grad():
+            logits, _ = model(row, cache.fork(), last_context_length=16)
+            new = torch.autograd.grad(logits.logsumexp(-1).sum(), trained)
+        right = [a + b for a, b in zip(right, new)]
+        model(row, cache, last_context_length=16)
+        cache.restart()
+    assert all(error(a, b) < 1e-3 for a, b in zip(ours, right)) and any(error(a, b) > 1 for a, b in zip(ours, flow))
 
 @each_of("size", [32, 48], ids=["heads of 8", "heads of 12, stored as 16 by the fast model"])
 def test_tokens_that_join_one_local_context_may_come_in_any_pieces(padded, size, kind):

@@ -172,11 +172,11 @@ class FastLlama(LongLlama):
             require(len(shapes) == 1, "the cache was made for a model of another shape")
         return super().hidden_states(input_ids, cache, mask, last, wanted)
 
-    def forward_cross_batch(self, input_ids: Tensor, extra: list[int]) -> Tensor:
+    def forward_cross_batch(self, input_ids: Tensor, extra: list[int], detached=False) -> Tensor:
         rows = len(input_ids)
         fits = len(extra) == rows and all(0 <= n <= b for b, n in enumerate(extra))
         require(fits, f"extra must say how many of the entries before it each of {rows} entries sees, not {extra}")
-        return super().forward_cross_batch(input_ids, extra)
+        return super().forward_cross_batch(input_ids, extra, detached)
 
     def generate(
         self,

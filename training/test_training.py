@@ -724,9 +724,15 @@ def test_validation_documents_are_never_trained_on(folder, corpus):
 
 def test_contrast_decides_which_entries_are_seen():
     phase = Phase(steps=1, learning_rate=1.0, window=8, documents=2, packing=4, ranges=[7], mix={"text": [1, 1]})
-    assert extra_contexts(phase, (0, 0, 0)) == [0, 1, 2, 3, 0, 3, 6, 7]
+    assert extra_contexts(phase, (0, 0, 0)) == extra_contexts(phase, (0, 0, 0), "detached") == [0, 1, 2, 3, 0, 3, 6, 7]
     assert extra_contexts(phase, (0, 0, 0), "positives") == [0, 1, 2, 3] * 2
     assert extra_contexts(phase, (0, 0, 0), "none") == [0] * 8
+
+
+def test_detached_contexts_give_the_same_loss_and_another_step(whole, recipe, folder, tmp_path):
+    train(recipe, folder, tmp_path, "--contrast", "detached", "--stop-after", 2)
+    (first, second), (right, other, *_) = losses(tmp_path), losses(whole)
+    assert first == right and second != other
 
 
 def test_the_learning_rate_rises_and_falls_in_every_phase():

@@ -52,7 +52,8 @@ TRAINED, EXPORTED = 12, 2  # bytes of a weight: with AdamW's two averages, all i
 
 
 def extra_contexts(phase: Phase, seed: tuple[int, ...], contrast: str = "full") -> list[int]:
-    """How many entries before it each entry sees. contrast: "full", or for ablations only "positives", or "none"."""
+    """How many entries before it each entry sees. contrast: "full", or "detached", which sees the same; or for ablations only
+    "positives", or "none"."""
     entries = phase.documents * phase.packing
     if contrast == "none":
         return [0] * entries
@@ -61,11 +62,13 @@ def extra_contexts(phase: Phase, seed: tuple[int, ...], contrast: str = "full") 
     return cross_batch_extra(entries, phase.ranges[sum(seed) % len(phase.ranges)], phase.packing)
 
 
-def losses(model: FastLlama, batch, extra: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(
+    model: FastLlama, batch, extra: list[int], detached: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy over all tokens, and over the digits of pass keys asked for (0 without any)."""
     inputs, targets, answers = (torch.from_numpy(x).to(device) for x in (batch.inputs, batch.targets, batch.answers))
     with torch.autocast(device.type, torch.bfloat16):
-        logits = model.forward_cross_batch(inputs, extra)
+        logits = model.forward_cross_batch(inputs, extra, detached)
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     answers = answers.flatten()
     return loss.mean(), (loss * answers).sum() / answers.sum().clamp(min=1)
@@ -201,8 +204,8 @@ class Trainer:
             mix = phase.mix_at(step / phase.steps)
             hard = {"cut": phase.cut, "repeated": phase.repeated, "single": phase.single}
             batch = self.corpus.batch(seed, phase.documents, phase.window, mix, extra_contexts(phase, seed), **hard)
-            extra = extra_contexts(phase, seed, self.args.contrast)
-            loss, answer_loss = losses(self.model, batch, extra, self.device)
+            extra, detached = extra_contexts(phase, seed, self.args.contrast), self.args.contrast == "detached"
+            loss, answer_loss = losses(self.model, batch, extra, detached, self.device)
             # Sharded gradients are averaged over processes, so a process's own are averaged over its own groups.
             ((loss + self.recipe.answer_weight * answer_loss) * self.world / phase.groups).backward()
             total[:2] += torch.stack((loss.detach(), answer_loss.detach())) / phase.groups
@@ -341,8 +344,9 @@ def main():
         metavar="STEP",
         help="stop at this step: with a checkpoint, and the model so far",
     )
-    parser.add_argument("--contrast", choices=["full", "positives", "none"], default="full",
-                        help="for ablations: which contexts besides its own an entry sees")  # fmt: skip
+    parser.add_argument("--contrast", choices=["full", "positives", "none", "detached"], default="full",
+                        help="for ablations: which contexts besides its own an entry sees; "
+                        "detached: all, without gradients into them")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
     args = parser.parse_args()
     args.tokenizer = args.tokenizer or (args.init or TINY) / "tokenizer.model"
