@@ -703,7 +703,18 @@ def test_validation_documents_are_never_trained_on(folder, corpus):
     assert len(kept) + len(corpus.documents) == len(files)
     assert all(document[-1] == corpus.tokenizer.eos_id for document in corpus.documents)
     assert all(list(document[:-1]) not in kept for document in corpus.documents)
-    assert held_out([Path("moby_dick_091.txt"), Path("other.txt")]) == [Path("moby_dick_091.txt")]  # tiny/book.txt
+
+
+def test_one_document_in_sixteen_is_held_out_and_more_documents_change_that_of_no_other():
+    files = [Path(f"{i}.txt") for i in range(4000)]
+    kept = held_out(files)
+    assert 200 < len(kept) < 300
+    for n in (1, 2, 7, 40, 900):
+        some = files[:n]
+        first = min(some, key=lambda file: sha256(file.name.encode()).hexdigest())  # one at least is held out
+        assert held_out(some) == [file for file in some if file in kept or file == first]
+    book, other = Path("moby_dick_091.txt"), Path("other.txt")
+    assert book in held_out([*files, book]) and held_out([book, other]) == [book]  # tiny/book.txt
 
 
 def test_contrast_decides_which_entries_are_seen():
