@@ -402,7 +402,7 @@ def test_windows_follow_their_past_and_others_are_of_other_documents(documents):
         distraction.draw(documents, 3000, 20, 3, seed=3)
 
 
-def test_the_distraction_table_and_picture_show_each_head_of_each_model(run, tmp_path, capsys):
+def test_the_distraction_table_and_picture_show_each_head_of_each_model(tiny, run, tmp_path, capsys):
     other, plain = models(tmp_path)
     data = tmp_path / "data"
     data.mkdir()
@@ -415,7 +415,9 @@ def test_the_distraction_table_and_picture_show_each_head_of_each_model(run, tmp
     assert (tmp_path / "table").read_text() == out and "<svg" in (tmp_path / "picture.svg").read_text()
     table = rows(out)
     assert table[0] == ["model", "", "d = 1", "d = 2"] and table[-1] == ["1/d", "1.000", "0.500"]
-    labels = ["r_d, all heads", *(f"layer 3, head {i}" for i in range(4)), "perplexity"]
-    assert [row[1] for row in table[2:8]] == [row[1] for row in table[8:14]] == labels
-    assert [row[2:] for row in table[2:8]] == [row[2:] for row in table[8:14]]  # two of the same model
+    heads = range(tiny[0].config.num_attention_heads)
+    labels = ["r_d, all heads", *(f"layer 3, head {i}" for i in heads), "perplexity"]
+    first, second = table[2 : 2 + len(labels)], table[2 + len(labels) : -1]
+    assert [row[1] for row in first] == [row[1] for row in second] == labels
+    assert [row[2:] for row in first] == [row[2:] for row in second]  # two of the same model
     assert run(distraction.main, *flags, plain) == 2 and "has no mem_layers" in capsys.readouterr().err
