@@ -11,8 +11,11 @@ import sentencepiece
 from cli.loading import TINY
 from tokenizer import StreamDecoder, Tokenizer
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"  # the real tokenizers are too large to be kept here
-PATHS = [TINY / "tokenizer.model", *sorted((SHARED / "tokenizers").glob("*.model"))]
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # the real tokenizers are too large to be kept here
+OURS = [ROOT / "testdata" / "tokenizer.model", TINY / "tokenizer.model"]
+RELEASED = sorted((SHARED / "tokenizers").glob("*.model"))
+PATHS = OURS + RELEASED
 TEXTS = [
     "My name is Julien", "", " ", "  two leading", "trailing ", "a\nb\n\nc", "naïve café — “quotes”…", "日本語",
     "👩\u200d👩\u200d👧 emoji", "</s><s>",
@@ -35,7 +38,7 @@ def test_ids_and_text_are_those_of_sentencepiece(path):
         assert tokenizer.decode([1, *ids, 2, 10**6]) == raw.decode(ids)
 
 
-@pytest.mark.parametrize("path", PATHS[1:], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
 def test_recorded_ids_of_the_released_tokenizers(path):
     tokenizer = Tokenizer(path)
     for case in json.loads((SHARED / "golden" / "tokenizer_cases.json").read_text())[path.name]:

@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.loading import TINY, load
+from cli.texts import hide_key
 from examples import look_at_memory as look
 from examples.look_at_memory import Recall, RecordingContext, Text, Views, find_passages, recording, watch
 from fast import FastConfig, FastLlama, FastMemory
@@ -22,6 +23,7 @@ from longllama import Cache, Memory
 
 HOSTILE = '</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> & "'
 WINDOW, LAST = 16, 8
+BOOK = (TINY / "book.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -261,7 +263,7 @@ def test_places_name_the_window_that_was_read(tiny):
 @pytest.mark.parametrize("mem_dtype", ["bfloat16", "float8_e4m3fn"])
 def test_the_passage_that_the_first_digit_recalls_is_the_planted_key(mem_dtype):
     model, tokenizer = load(TINY, torch.device("cpu"), mem_dtype=mem_dtype)
-    book = tokenizer.encode((TINY / "book.txt").read_text(encoding="utf-8"))[:5000]
+    book = tokenizer.encode(BOOK)[:5000]
     needle = tokenizer.encode("The pass key is 71428. Remember it. 71428 is the pass key.", bos=False)
     question = tokenizer.encode("What is the pass key? The pass key is", bos=False)
     ids = book[:1500] + needle + book[1500:] + question
@@ -369,12 +371,17 @@ def test_the_command_prints_passages_and_writes_the_page(monkeypatch, capsys, tm
     assert all(len(layer["passages"]) <= 2 for view in data["views"] for layer in view["layers"])
 
 
-def test_without_flags_it_shows_the_pass_key_in_the_book(monkeypatch, capsys):
+def test_without_flags_it_shows_the_pass_key_in_the_book(tiny, monkeypatch, capsys):
     run_main(monkeypatch)
     out, err = capsys.readouterr()
     assert re.findall(r'^"(\d)" ', out, re.M) == list("71428")
-    found = re.findall(r"[\d.]+%  token 3,2\d\d, window 13, 41,8\d\d tokens back\n +….*The pass key is .*", out)
-    assert len(found) >= 3 and "Traceback" not in err
+    text = hide_key(BOOK, at=9000)
+    total, stated = (len(tiny[1].encode(part)) for part in (text, text[:9000]))
+    found = re.findall(r"[\d.]+%  token ([\d,]+), window (\d+), ([\d,]+) tokens back\n +….*The pass key is", out)
+    places = [[int(number.replace(",", "")) for number in place] for place in found]
+    assert len(places) >= 3 and "Traceback" not in err
+    for token, window, back in places:
+        assert stated <= token < stated + 30 and window == token // 256 + 1 and abs(token + back - total) < 7
 
 
 @pytest.mark.parametrize(

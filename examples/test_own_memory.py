@@ -22,6 +22,7 @@ from examples.own_memory import Every, LargestNorm, Newest, Sample, Sinks, Unlik
 from experiments import passkey, perplexity
 from fast import MEM_DTYPES, FastConfig, FastLlama
 from longllama import attend
+from training.data import BOOK as HELD
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = (Newest, Sinks, Every, Sample, LargestNorm, Unlike)
@@ -211,8 +212,9 @@ def test_chat_passkey_and_perplexity_take_it(book, run, tmp_path):
         assert status == 0 and (out.strip() == "71428") == found, err
         status, out, err = run(passkey, "--lengths", "4k", "--trials", "2", "--filler", "text", "--seed", "1", *memory)
         assert status == 0 and ("100% (2)" in out) == found, err
-    for i in range(16):  # the ninth is held out
-        (tmp_path / f"{i:02}.txt").write_text((TINY / "book.txt").read_text()[: 12000 if i == 8 else 10])
+    for name in HELD, *(f"{i:02}.txt" for i in range(15)):
+        text = (TINY / "book.txt").read_text(encoding="utf-8")[: 12000 if name == HELD else 10]
+        (tmp_path / name).write_text(text, encoding="utf-8")
     flags, values = ("--data", tmp_path, "--windows", "0", "8", "--stride", "1"), []
     for more in (), ("--memory", f"{FILE}:LargestNorm128"):
         status, out, err = run(perplexity, *flags, *more)

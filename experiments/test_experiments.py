@@ -299,10 +299,8 @@ def test_the_picture_of_perplexity_compares_the_same_tokens_with_memory_and_with
 
 
 def test_the_perplexity_table_has_a_row_for_each_model(run, tmp_path, capsys):
-    for i in range(16):  # the ninth is held out
-        (tmp_path / f"{i:02}.txt").write_text(BOOK[: 6000 if i == 8 else 10], encoding="utf-8")
-    other, plain = models(tmp_path)
-    flags = ["--data", tmp_path, "--windows", "0", "1", "--stride", "1", "--model", TINY, other, TINY, plain]
+    data, (other, plain) = texts(tmp_path / "data", BOOK[:6000]), models(tmp_path)
+    flags = ["--data", data, "--windows", "0", "1", "--stride", "1", "--model", TINY, other, TINY, plain]
     assert run(evaluation.main, *flags) == 2  # one without memory layers cannot read two windows
     out, err = capsys.readouterr()
     found = rows(out)
@@ -311,20 +309,18 @@ def test_the_perplexity_table_has_a_row_for_each_model(run, tmp_path, capsys):
     assert found[2][1:] == found[3][1:] and all(1 < float(value) < 100 for value in found[2][1:3])
     assert err.splitlines()[1] == f"{TINY}, 1 window: {found[2][2]}" and str(plain) in err.splitlines()[-1]
     assert run(evaluation.main, "--data", tmp_path / "nowhere") == 2
-    assert run(evaluation.main, "--data", tmp_path, "--windows", "1000") == 2
+    assert run(evaluation.main, "--data", data, "--windows", "1000") == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 2 and "no document is longer than 1000 windows" in err
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_results_that_are_not_finite_are_refused(value, run, tmp_path, capsys):
-    for i in range(16):
-        (tmp_path / f"{i:02}.txt").write_text(BOOK[: 6000 if i == 8 else 10], encoding="utf-8")
-    other, _ = models(tmp_path)
+    data, (other, _) = texts(tmp_path / "data", BOOK[:6000]), models(tmp_path)
     weights = load_file(other / "model.safetensors")
     weights["model.layers.5.mlp.down_proj.weight"][3, 3] = value
     save_file(weights, other / "model.safetensors")
-    flags = ["--data", tmp_path, "--windows", "0", "--model", other]
+    flags = ["--data", data, "--windows", "0", "--model", other]
     for main, more in (evaluation.main, flags), (passkey.main, ["--lengths", "512", "--trials", "1", "--model", other]):
         assert run(main, *more) == 2
         out, err = capsys.readouterr()
@@ -406,7 +402,7 @@ def test_windows_follow_their_past_and_others_are_of_other_documents(documents):
         distraction.draw(documents, 3000, 20, 3, seed=3)
 
 
-def test_the_distraction_table_and_picture_show_each_head_of_each_model(run, tmp_path, capsys):
+def test_the_distraction_table_and_picture_show_each_head_of_each_model(tiny, run, tmp_path, capsys):
     other, plain = models(tmp_path)
     data = tmp_path / "data"
     data.mkdir()
@@ -419,7 +415,9 @@ def test_the_distraction_table_and_picture_show_each_head_of_each_model(run, tmp
     assert (tmp_path / "table").read_text() == out and "<svg" in (tmp_path / "picture.svg").read_text()
     table = rows(out)
     assert table[0] == ["model", "", "d = 1", "d = 2"] and table[-1] == ["1/d", "1.000", "0.500"]
-    labels = ["r_d, all heads", *(f"layer 3, head {i}" for i in range(4)), "perplexity"]
-    assert [row[1] for row in table[2:8]] == [row[1] for row in table[8:14]] == labels
-    assert [row[2:] for row in table[2:8]] == [row[2:] for row in table[8:14]]  # two of the same model
+    heads = range(tiny[0].config.num_attention_heads)
+    labels = ["r_d, all heads", *(f"layer 3, head {i}" for i in heads), "perplexity"]
+    first, second = table[2 : 2 + len(labels)], table[2 + len(labels) : -1]
+    assert [row[1] for row in first] == [row[1] for row in second] == labels
+    assert [row[2:] for row in first] == [row[2:] for row in second]  # two of the same model
     assert run(distraction.main, *flags, plain) == 2 and "has no mem_layers" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from training.train import extra_contexts, main, parameter_count
 from training.train_tokenizer import train as train_tokenizer
 
 HERE = Path(__file__).resolve().parent
-TOKENIZER = HERE.parent / "tiny" / "tokenizer.model"
+TOKENIZER = HERE.parent / "testdata" / "tokenizer.model"
 LONG_TEXT = (HERE.parent / "tiny" / "book.txt").read_text(encoding="utf-8")
 
 
@@ -53,7 +53,8 @@ def corpus(folder):
 def recipe(tmp_path_factory):
     """Two short phases over a small model, with two groups a step."""
     raw = json.loads((HERE / "tiny.json").read_text())
-    raw["model"] |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "mem_layers": [1]}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+    raw["model"] |= sizes | {"mem_layers": [1]}
     mix = {"text": [0.4, 0.6], "dense": [0.3, 0.2], "passkey": [0.3, 0.2]}
     phase = {"learning_rate": 3e-2, "window": 64, "documents": 2, "packing": 4, "mix": mix, "groups": 2}
     raw["phases"] = [phase | {"steps": 4, "ranges": None}, phase | {"steps": 5, "ranges": [3, 7]}]
@@ -270,13 +271,15 @@ def test_a_file_that_is_no_recipe_is_refused(text, named, folder, tmp_path, caps
     test_mistakes_get_one_line_and_status_2([], named, path, folder, tmp_path, capsys, monkeypatch)
 
 
-def test_the_tokens_that_are_left_are_counted_without_going_through_the_steps():
-    recipe = Recipe(HERE / "tiny.json")
-    for step in (0, 1, 999, 1000, 1001, 4000, recipe.steps - 1, recipe.steps):
+def test_the_tokens_that_are_left_are_counted_without_going_through_the_steps(recipe, tmp_path):
+    raw = json.loads(recipe.read_text())
+    first, second = raw["phases"]  # of 4 and 5 steps
+    (tmp_path / "recipe.json").write_text(json.dumps(raw | {"phases": [first, second | {"documents": 6}, first]}))
+    recipe = Recipe(tmp_path / "recipe.json")
+    for step in range(recipe.steps + 1):
         assert recipe.tokens_after(step) == sum(recipe.at(s)[0].step_tokens for s in range(step, recipe.steps))
-    for step, expected in ((0, (0, 0)), (999, (0, 999)), (1000, (1, 0)), (3449, (2, 449)), (3450, (3, 0))):
-        phase, at = recipe.at(step)
-        assert (recipe.phases.index(phase), at) == expected
+    at = [(phase.documents, i) for phase, i in map(recipe.at, range(recipe.steps))]
+    assert at == [*((2, i) for i in range(4)), *((6, i) for i in range(5)), *((2, i) for i in range(4))]
 
 
 @pytest.mark.parametrize(
@@ -719,7 +722,18 @@ def test_validation_documents_are_never_trained_on(folder, corpus):
     assert len(kept) + len(corpus.documents) == len(files)
     assert all(document[-1] == corpus.tokenizer.eos_id for document in corpus.documents)
     assert all(list(document[:-1]) not in kept for document in corpus.documents)
-    assert held_out([Path("moby_dick_091.txt"), Path("other.txt")]) == [Path("moby_dick_091.txt")]  # tiny/book.txt
+
+
+def test_one_document_in_sixteen_is_held_out_and_more_documents_change_that_of_no_other():
+    files = [Path(f"{i}.txt") for i in range(4000)]
+    kept = held_out(files)
+    assert 200 < len(kept) < 300
+    for n in (1, 2, 7, 40, 900):
+        some = files[:n]
+        first = min(some, key=lambda file: sha256(file.name.encode()).hexdigest())  # one at least is held out
+        assert held_out(some) == [file for file in some if file in kept or file == first]
+    book, other = Path("moby_dick_091.txt"), Path("other.txt")
+    assert book in held_out([*files, book]) and held_out([book, other]) == [book]  # tiny/book.txt
 
 
 def test_contrast_decides_which_entries_are_seen():
