@@ -13,7 +13,7 @@ from tokenizer import StreamDecoder, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # the real tokenizers are too large to be kept here
-OURS = [ROOT / "testdata" / "tokenizer.model", TINY / "tokenizer.model"]
+OURS = [ROOT / "testdata" / "prose.model", TINY / "tokenizer.model"]
 RELEASED = sorted((SHARED / "tokenizers").glob("*.model"))
 PATHS = OURS + RELEASED
 TEXTS = [

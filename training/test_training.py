@@ -30,7 +30,7 @@ from training.train import extra_contexts, main, parameter_count
 from training.train_tokenizer import train as train_tokenizer
 
 HERE = Path(__file__).resolve().parent
-TOKENIZER = HERE.parent / "testdata" / "tokenizer.model"
+TOKENIZER = HERE.parent / "testdata" / "prose.model"
 LONG_TEXT = (HERE.parent / "tiny" / "book.txt").read_text(encoding="utf-8")
 
 
