@@ -331,8 +331,18 @@ def test_as_a_filter_it_prints_answers_alone(tmp_path, monkeypatch, capsys):
     assert status == 1 and err.count("\n") == 3  # two lines of sizes, and a command that is none
     assert answer(question, "--load-memory", saved) == (0, "71428\n", "")
     of_windows = b"\xef\xbb\xbf/memory\r\n" + question + b"\r\n"
-    status, out, err = answer(of_windows, "--load-memory", saved)
-    assert (status, out) == (0, "71428\n") and err.startswith("memory ")
+    command = [
+        sys.executable,
+        CHAT,
+        "--load-memory",
+        saved,
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "6",
+    ]  # a real pipe
+    done = subprocess.run(command, input=of_windows, capture_output=True, timeout=120, env=ONE_THREAD)
+    assert (done.returncode, done.stdout) == (0, b"71428\n") and done.stderr.startswith(b"memory ")
 
 
 @pytest.mark.parametrize(
