@@ -105,7 +105,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_table(start: int | Tensor, T: int, config: LongLlamaConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin at positions start to start + T - 1 (Su et al. 2021), float32: (T, D/2) each."""
+    """cos and sin (T, D/2), float32, at positions from start on (Su et al. 2021)."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # (D/2,)
     angle = (start + torch.arange(T, device=device)).float().outer(frequency)  # (T, D/2)
     return angle.cos(), angle.sin()
@@ -294,7 +294,7 @@ class Cache:
         return sum(layer.memory.nbytes for layer in self.layers if layer.memory is not None)
 
     def restart(self, keep: int = 0):
-        """Restarts every layer's local context."""
+        """All but the newest `keep` tokens move into memory."""
         moved = self.local_length - keep
         if moved > 0:
             self.memory_length, self.local_length = self.memory_length + moved, keep
