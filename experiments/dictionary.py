@@ -1,7 +1,7 @@
 """Dictionary lookup (the paper's section 5.2, figure 10, and appendix F): how large a dictionary a model finds its way in.
 
-    python experiments/dictionary.py --picture dictionary.png            # from the trained models that come along
-    python experiments/dictionary.py --models my_dictionary --seeds 0    # trains them first, where they are not there
+    python experiments/dictionary.py --picture dictionary.png              # of models that are not there, trains them first
+    python experiments/dictionary.py --models my_dictionary --seeds 0 1 2  # all of them
 
 A document is a window of records, `<k> k1 k2 k3 k4 <v> v1 v2`, all of random symbols, and a window of questions,
 `<q> k1 k2 k3 k4 <v> v1 v2`, one for each record. The loss is on the values of questions. Of the records the local context of
@@ -34,6 +34,7 @@ from cli.flags import check_new_folder, new_path, number, parse_lengths, parser_
 from convert import save_pretrained
 from experiments.output import add_output_flags, check_outputs, import_pyplot, save_picture, save_table
 from fast import FastConfig, FastLlama
+from longllama import require
 
 SYMBOLS, KEY, VALUE = 64, 4, 2  # of a key and of a value: symbols
 K, V, Q = range(SYMBOLS, SYMBOLS + 3)  # the ids of <k>, <v>, <q>
@@ -182,9 +183,8 @@ def ask(model: FastLlama, tokens: int, seed: int) -> float:
     return right / asked.numel()
 
 
-Results = dict[
-    str, dict[int, list[float]]
-]  # kind -> tokens of the dictionary -> the share that is right, for each seed
+# Kind of model -> tokens of the dictionary -> the share that is right, for each seed.
+Results = dict[str, dict[int, list[float]]]
 
 
 def table(results: Results) -> str:
@@ -229,6 +229,9 @@ def main():
     with ending_well(parser):
         check_outputs(args)
         check_new_folder("--models", args.models)
+        most = SYMBOLS**KEY * RECORD
+        fits = all(WINDOW <= tokens <= most for tokens in args.lengths)
+        require(fits, f"--lengths must be of {WINDOW} to {short(most)} tokens: more records have not enough keys")
         results: Results = {kind: {} for kind in KINDS}
         for seed in args.seeds:
             make(args.models, seed)

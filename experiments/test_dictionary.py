@@ -1,5 +1,6 @@
 """Dictionary lookup, checked: python -m pytest experiments/test_dictionary.py"""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from convert import save_pretrained
 from experiments import dictionary
 from experiments.dictionary import KEY, RECORD, VALUE, WINDOW, K, Q, Stage, V
+from fast import FastLlama
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,3 +77,36 @@ def test_no_key_is_in_two_documents_and_few_symbols_make_keys_alike():
 def test_dictionaries_are_asked_and_a_model_that_is_not_trained_knows_nothing():
     torch.manual_seed(0)
     assert dictionary.ask(dictionary.new_model(plain=False), 1024, 0) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["d = 1", "d = 64"])
+def test_trained_models_find_a_record_among_hundreds(kind):
+    model = FastLlama.from_pretrained(dictionary.home(dictionary.MODELS, 0, kind))
+    assert dictionary.ask(model, 4096, 1) > 0.95
+
+
+def test_models_that_are_there_are_asked_and_the_table_and_picture_show_them(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    models, files = tmp_path / "models", [tmp_path / "table.md", tmp_path / "picture.svg"]
+    shutil.copytree(dictionary.MODELS / "seed0", models / "seed0")
+    plain = dictionary.home(models, 0, "plain")
+    shutil.rmtree(plain, ignore_errors=True)
+    torch.manual_seed(0)
+    save_pretrained(dictionary.new_model(plain=True), plain)  # which knows nothing
+    flags = ["--models", models, "--lengths", "512,2k", "--table", files[0], "--picture", files[1]]
+    monkeypatch.setattr(sys, "argv", ["dictionary.py", *map(str, flags)])
+    dictionary.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert (
+        files[0].read_text().splitlines() == rows and rows[0] == "| | 512 | 2k |" and files[1].stat().st_size > 10_000
+    )
+    shares = {row.split(" | ")[0][2:]: [float(x.strip("% |")) for x in row.split(" | ")[1:]] for row in rows[2:]}
+    assert shares.keys() == dictionary.KINDS.keys()
+    assert min(shares["d = 1"]) > 95 and min(shares["d = 64"]) > 95 and max(shares["plain"]) < 2
+
+
+def test_dictionaries_that_cannot_be_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dictionary.py", "--lengths", "8"])
+    with pytest.raises(SystemExit) as stop:
+        dictionary.main()
+    assert stop.value.code == 2 and "--lengths must be of 256 to 128M tokens" in capsys.readouterr().err
