@@ -37,7 +37,7 @@ from fast.saved import check_kept, memory_nbytes
 from tokenizer import StreamDecoder
 
 DEMONSTRATION = """\
-A book of 45,000 tokens was read in windows of 256, with a pass key, 71428, in the thirteenth of them, asked for at the end. Next:
+A book of 51,000 tokens was read in windows of 256, with a pass key, 71428, in the fifteenth of them, asked for at the end. Next:
   python generate.py --prompt "The sea"        python examples/look_at_memory.py        python generate.py --help"""
 
 

@@ -171,7 +171,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser):
 
 
 def demonstration() -> list[str]:
-    """Flags that ask for a pass key, 160 windows back in the book that comes along: where a program was given none."""
+    """Flags that ask for a pass key, 180 windows back in the book that comes along: where a program was given none."""
     return ["--prompt", hide_key(read_text(TINY / "book.txt")), "--max-new-tokens", "6", "--temperature", "0"]
 
 

@@ -471,6 +471,7 @@ def test_choose_is_asked_once_after_each_append_and_is_shown_keys_as_they_are_st
 @pytest.mark.parametrize("place", PLACES)
 def test_a_model_whose_memory_chooses_reads_in_any_pieces_forks_and_expands(kind, place):
     model, ids = small_model(**KINDS[kind], **PLACES[place]), torch.randint(61, (1, 80))
+    near = 1e-5 if kind == "float32" else 1e-3  # rows of a batch differ in their last bits, and may be rounded apart
     model.use_memory(Newest)
     _, cache = model(ids[:, :61])
     for layer in cache.layers:
@@ -479,7 +480,7 @@ def test_a_model_whose_memory_chooses_reads_in_any_pieces_forks_and_expands(kind
     forks = [cache.fork(), cache.expand(2)]
     right = model(ids[:, 61:], cache)[0]
     assert (model(ids[:, 61:], forks[0])[0] - right).abs().max() < 1e-5
-    assert (model(ids[:, 61:].repeat(2, 1), forks[1])[0] - right).abs().max() < 1e-5
+    assert (model(ids[:, 61:].repeat(2, 1), forks[1])[0] - right).abs().max() < near
     longer = model(torch.cat((ids, ids, ids), dim=1), logits_to_keep=1)[1]
     assert longer.memory_length > 200 and longer.layers[1].memory.blocks[0][0].shape[2] == 11  # and does not grow
 
