@@ -246,6 +246,18 @@ def test_memory_lowers_the_perplexity_of_tiny_on_a_book_it_never_saw(tiny):
     assert losses[0] < losses[1]
 
 
+def source(tokenizer: Tokenizer, name: str) -> torch.Tensor:
+    """A file of this repository, which tiny has never seen either, as ids."""
+    return torch.tensor(tokenizer.encode((TINY.parent / name).read_text(encoding="utf-8")))
+
+
+def test_memory_lowers_the_perplexity_of_tiny_on_this_code_and_more_of_it_lowers_it_further(tiny):
+    model, tokenizer = tiny
+    documents = [source(tokenizer, "longllama.py")]
+    none, one, many = (perplexity(model, documents, memory, 16, 4)[0] for memory in (0, 1, 16))
+    assert many < 0.85 * one and one < 0.85 * none
+
+
 @torch.no_grad()
 def test_perplexity_is_of_the_same_windows_with_any_memory(tiny):
     """Against each window, read by hand after the windows before it."""
@@ -339,6 +351,14 @@ def documents(tiny) -> list[torch.Tensor]:
     """Five of the book's parts, as if they were of different books."""
     ids = torch.tensor(tiny[1].encode(BOOK[:60000], bos=False))
     return [part.contiguous() for part in ids.split(3000)][:5]
+
+
+def test_tiny_tells_its_own_past_from_other_code(tiny):
+    model, tokenizer = tiny
+    files = ("longllama.py", "training/train.py", "examples/chat.py", "convert.py")
+    windows = distraction.draw([source(tokenizer, file) for file in files], 256, 24, 7, seed=0)
+    result = distraction.measure(model, "tiny", windows, distraction.remembered(model, windows.past), 8)
+    assert result.shares.mean() > 1.25 / 8
 
 
 class Watching(distraction.Contexts):
