@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli.flags import check_new_folder, new_path, number, parse_lengths, parser_for, short
+from cli.picture import import_pyplot, save_picture
 from convert import save_pretrained
-from experiments.output import add_output_flags, check_outputs, import_pyplot, save_picture, save_table
+from experiments.output import add_output_flags, check_outputs, save_table
 from fast import FastConfig, FastLlama
 from longllama import require
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from cli.flags import add_model_flags, number, parser_for
 from cli.loading import load, pick_device
+from cli.picture import import_pyplot, save_picture
 from experiments.documents import add_document_flags, document_files
-from experiments.output import add_output_flags, by_name, check_outputs, import_pyplot, save_picture, save_table
+from experiments.output import add_output_flags, by_name, check_outputs, save_table
 from fast import FastLlama
 from longllama import Attended, LongLlamaConfig, Memory, attend, merge, require
 from training.data import encode

@@ -6,6 +6,7 @@ from pathlib import Path
 from cli.ending import printable
 
 from cli.flags import check_new_file, new_path
+from cli.picture import import_pyplot
 from fast.files import replacing
 
 KINDS = (".png", ".svg", ".pdf")  # of pictures
@@ -36,22 +37,6 @@ def check_outputs(args: argparse.Namespace):
             raise ValueError(f"--picture {args.picture}: name a .png, .svg or .pdf file")
 
 
-def import_pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def save_table(text: str, path: Path):
     with replacing(path) as unfinished:
         unfinished.write_text(text + "\n", encoding="utf-8")
-
-
-def save_picture(figure, path: Path):
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=110, format=path.suffix[1:])

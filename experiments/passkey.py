@@ -32,8 +32,9 @@ from cli.flags import (
     short,
 )
 from cli.loading import TINY, load, pick_device
+from cli.picture import import_pyplot, save_picture
 from cli.texts import read_text
-from experiments.output import add_output_flags, by_name, check_outputs, import_pyplot, save_picture, save_table
+from experiments.output import add_output_flags, by_name, check_outputs, save_table
 from fast import FastLlama
 from tokenizer import Tokenizer
 from training.tasks import GRASS, MOST_TRIALS, STEPS, answers, prompt_ids, random_key

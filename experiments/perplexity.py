@@ -27,8 +27,9 @@ from torch import Tensor
 
 from cli.flags import add_model_flags, add_own_memory_flag, number, parser_for
 from cli.loading import load, pick_device
+from cli.picture import import_pyplot, save_picture
 from experiments.documents import add_document_flags, document_files
-from experiments.output import add_output_flags, by_name, check_outputs, import_pyplot, save_picture, save_table
+from experiments.output import add_output_flags, by_name, check_outputs, save_table
 from fast import FastLlama
 from fast.model import LARGEST
 from longllama import Cache, require
