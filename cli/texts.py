@@ -7,6 +7,12 @@ from pathlib import Path
 
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
+# The chat that LongLLaMA-Instruct was tuned on: what it begins with, and what stands before each turn.
+OPENING = (
+    "A chat between a user (denoted as USER:) and an artificial intelligence assistant (denoted as ASSISTANT:). "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.\n\n"
+)
+USER, ASSISTANT = "\nUSER: ", "\nASSISTANT: "
 
 
 def decode(data: bytes, name: str) -> str:

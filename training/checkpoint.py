@@ -66,11 +66,13 @@ def check_state(path: Path, state: dict, model: FastLlama, recipe_model: dict):
     except ValueError:
         named = False
     require(named, f"{path}: config is not that of its recipe")
-    check_tensors(f"{path}: model", state["model"], {name: x.shape for name, x in model.state_dict().items()})
-    tied = [state["model"][name] for name in ("embed_tokens.weight", "lm_head.weight")]
-    require(not model.config.tie_word_embeddings or torch.equal(*tied), f"{path}: model: tied weights differ")
+    wanted = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    kept = wanted if len(wanted) < len([*model.parameters()]) else model.state_dict()  # of LoRA, what it trains
+    check_tensors(f"{path}: model", state["model"], {name: x.shape for name, x in kept.items()})
+    tied = [state["model"].get(name) for name in ("embed_tokens.weight", "lm_head.weight")]
+    fits = None in tied or not model.config.tie_word_embeddings or torch.equal(*tied)
+    require(fits, f"{path}: model: tied weights differ")
     found, step = state["optimizer"].get("state"), float(min(state["step"], COUNTED))
-    wanted = dict(model.named_parameters())
     require(
         isinstance(found, dict) and found.keys() == wanted.keys(), f"{path}: optimizer has not the state of each weight"
     )
@@ -99,13 +101,13 @@ def check_finite(where: str, name: str, x: Tensor):
     require(is_finite(x), f"{where}: {name} has values that are not finite")
 
 
-def read_log(path: Path, step: int) -> list[dict]:
-    """The log's lines up to a step. It is only a log: where lines are missing or broken, a warning says so."""
+def read_log(path: Path, step: int, names: tuple[str, ...]) -> list[dict]:
+    """The log's lines up to a step, with these losses. It is only a log: where lines are missing or broken, a warning says so."""
     kept = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             found = json.loads(line)
-            if is_log_line(found) and found["step"] <= step:
+            if is_log_line(found, names) and found["step"] <= step:
                 kept[found["step"]] = found
         except (ValueError, RecursionError):
             continue
@@ -114,6 +116,11 @@ def read_log(path: Path, step: int) -> list[dict]:
     return [kept[number] for number in sorted(kept)]
 
 
-def is_log_line(line) -> bool:
-    fits = isinstance(line, dict) and line.keys() == {"step", "loss", "answer_loss"} and is_count(line["step"])
-    return fits and all(type(line[name]) is float and math.isfinite(line[name]) for name in ("loss", "answer_loss"))
+def is_log_line(line, names: tuple[str, ...]) -> bool:
+    fits = isinstance(line, dict) and {"step", *names} <= line.keys() <= {"step", *names, "held_out"}
+    fits = fits and is_count(line["step"]) and are_losses({name: line[name] for name in names})
+    return fits and are_losses(line.get("held_out", {}))
+
+
+def are_losses(found) -> bool:
+    return isinstance(found, dict) and all(type(x) is float and math.isfinite(x) for x in found.values())

@@ -1,10 +1,14 @@
-"""What the model is trained on: batches of packed documents, of plain text and of pass-key tasks.
+"""What a model is trained on: batches of packed documents, of plain text and of pass-key tasks.
 
 With the same documents and tokenizer, every batch is a function of (seed, step) alone, so training can be stopped, resumed
 and spread over processes, and goes through the very same batches.
 """
 
+import gzip
+import json
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,14 +27,14 @@ HELD_OUT = 16  # about one document in this many is kept for validation
 BOOK = "moby_dick_091.txt"  # tiny/book.txt, which is kept too, whatever other documents there are
 
 
-def name_hash(file: Path) -> int:
-    return int.from_bytes(sha256(file.name.encode()).digest(), "big")
+def name_hash(name: str) -> int:
+    return int.from_bytes(sha256(name.encode()).digest(), "big")
 
 
 def held_out(files: list[Path]) -> list[Path]:
     """By a hash of the name, so that more files change nothing for these; and that of the least hash, so that there is one."""
-    first = min(files, key=name_hash)
-    return [file for file in files if name_hash(file) % HELD_OUT == 0 or file == first or file.name == BOOK]
+    first = min(files, key=lambda file: name_hash(file.name))
+    return [file for file in files if is_held_out(file.name) or file == first or file.name == BOOK]
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -44,6 +48,40 @@ def text_files(folder: Path) -> list[Path]:
     return files
 
 
+@dataclass(frozen=True)
+class Source:
+    """A folder of .txt files, a document each, or JSON lines, .jsonl or .jsonl.gz; and how often it is drawn, relative to others.
+    Written PATH or PATH=WEIGHT."""
+
+    path: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        path, _, weight = text.rpartition("=")
+        weighted = path and re.fullmatch(r"[0-9]*\.?[0-9]+", weight) and float(weight) > 0
+        return cls(Path(path), float(weight)) if weighted else cls(Path(text))
+
+
+def json_lines(path: Path) -> Iterator[dict]:
+    """The objects of a file of JSON lines, packed or not. Raises ValueError, naming the line, for what is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file of JSON lines, or missing")
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} is no JSON object")
+            yield row
+
+
+def is_held_out(name: str) -> bool:
+    return name_hash(name) % HELD_OUT == 0
+
+
 @dataclass
 class Batch:
     """inputs, targets (B, T) int64; answers (B, T) bool: the targets that have digits of a pass key asked for."""
@@ -53,18 +91,55 @@ class Batch:
     answers: np.ndarray
 
 
-class Corpus:
-    """The training documents of a folder as token ids, and the documents made of them."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
-        files = text_files(folder)
+def texts(source: Source, field: str) -> Iterator[tuple[str, bool]]:
+    """The texts of a source, and which of them are held out: files by their names, rows by what they say."""
+    if source.path.is_dir():
+        files = text_files(source.path)
         kept = set(held_out(files))
-        self.documents = [encode(tokenizer, path, eos=True) for path in files if path not in kept]
-        self.weights = np.array([len(document) for document in self.documents], dtype=np.float64)
-        self.weights /= self.weights.sum()
+        yield from ((read_text(file), file in kept) for file in files)
+        return
+    if not source.path.exists():
+        raise FileNotFoundError(f"--data {source.path} is missing: python training/fetch_data.py fetches documents")
+    for number, row in enumerate(json_lines(source.path), 1):
+        if not isinstance(row.get(field), str):
+            raise ValueError(f"{source.path}: row {number} has no text under {field!r}: --text-field names another")
+        yield row[field], is_held_out(row[field])
+
+
+def read_corpora(
+    sources: list[Source], tokenizer: Tokenizer, field: str = "text", shortest: int = 0
+) -> tuple["Corpus", "Corpus"]:
+    """Training documents, and held-out ones. shortest: of fewer letters a text is left out. Raises OSError or ValueError."""
+    found = {False: [], True: []}  # held out -> sources -> documents
+    for source in sources:
+        read = {False: [], True: []}
+        for text, held in texts(source, field):
+            if len(text) >= shortest:
+                read[held].append(np.array(tokenizer.encode(text, eos=True), dtype=np.int32))
+        if not read[False]:
+            raise ValueError(f"{source.path} has no document to train on, of at least {shortest} letters")
+        for held, documents in read.items():
+            found[held].append((documents, source.weight))
+    return tuple(Corpus(found[held], tokenizer) for held in (False, True))
+
+
+class Corpus:
+    """Documents as token ids, and the documents that are made of them."""
+
+    def __init__(self, sources: list[tuple[list[np.ndarray], float]], tokenizer: Tokenizer):
+        """sources: documents, and how often any of these is drawn; one of them by its length."""
+        self.documents = [document for documents, _ in sources for document in documents]
+        lengths = [np.array([len(x) for x in documents], dtype=np.float64) for documents, _ in sources]
+        total = sum(weight for documents, weight in sources if documents)
+        shares = [n / n.sum() * (weight / total) for n, (_, weight) in zip(lengths, sources) if len(n)]
+        self.weights = np.concatenate(shares) if shares else np.array([])
         self.bos = np.array([tokenizer.bos_id])
         self.tokenizer = tokenizer
         self.intro, self.grass = (np.array(tokenizer.encode(t, bos=False)) for t in (INTRO, GRASS))
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.documents))
 
     def digest(self) -> str:
         """A hash of all documents, as token ids."""
@@ -187,5 +262,5 @@ class Corpus:
         return Batch(tokens[:, :-1].reshape(entries), tokens[:, 1:].reshape(entries), answers[:, 1:].reshape(entries))
 
 
-def encode(tokenizer: Tokenizer, path: Path, eos: bool = False) -> np.ndarray:
-    return np.array(tokenizer.encode(read_text(path), eos=eos), dtype=np.int32)
+def encode(tokenizer: Tokenizer, path: Path) -> np.ndarray:
+    return np.array(tokenizer.encode(read_text(path)), dtype=np.int32)

@@ -36,4 +36,4 @@ class Stop:
 def say(text: str):
     """In the middle of anything, also of another line that is being printed."""
     with suppress(OSError):
-        os.write(2, f"train.py: {text}\n".encode())
+        os.write(2, f"{os.path.basename(sys.argv[0])}: {text}\n".encode())

@@ -1,5 +1,6 @@
 """The training loop and its data, checked: python -m pytest training"""
 
+import gzip
 import io
 import json
 import os
@@ -23,12 +24,13 @@ from longllama import cross_batch_extra
 from tokenizer import Tokenizer
 from training import fetch_data
 from training import train_tokenizer as tokenizer_program
-from training.data import Corpus, held_out, text_files
-from training.recipe import Phase, Recipe
+from training.data import Source, held_out, is_held_out, read_corpora, text_files
+from training.recipe import PackedPhase, Recipe
 from training.stopping import Stop
 from training.tasks import KEY, answers, question_and_answer
-from training.train import extra_contexts, main, parameter_count
+from training.train import contexts, main
 from training.train_tokenizer import train as train_tokenizer
+from training.trainer import parameter_count
 
 HERE = Path(__file__).resolve().parent
 TOKENIZER = HERE.parent / "testdata" / "prose.model"
@@ -47,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(folder):
-    return Corpus(folder, Tokenizer(TOKENIZER))
+    return read_corpora([Source(folder)], Tokenizer(TOKENIZER))[0]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +229,8 @@ def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_
         main()
     out, err = capsys.readouterr()
     assert stop.value.code == 2
-    assert out == "" and err.count("\n") == 1 and any(part in err for part in message.split("|"))
+    began = "is not finite" in err  # which shows in a step
+    assert (out != "") == began and err.count("\n") == 1 and any(part in err for part in message.split("|"))
 
 
 @pytest.mark.parametrize(
@@ -246,13 +249,15 @@ def test_mistakes_get_one_line_and_status_2(flags, message, recipe, folder, tmp_
         ({"documents": 2**28}, "training takes"), ({"packing": 2**28}, "training takes"), ({"window": 16}, "pass key takes"),
         ({"model": {"vocab_size": 2**28, "hidden_size": 2**26}}, "training takes"),
         ({"model": {"num_hidden_layers": 2**28}}, "training takes"), ({"model": {"eos_token_id": 5}}, "eos_token_id is 5, but 2"),
-        ({"model": {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1}}, "the tokenizer has 2048 ids"),
+        ({"model": {"vocab_size": 100}}, "the tokenizer has 2048 ids"),
     ],
     ids=str,
 )  # fmt: skip
 def test_mistakes_in_a_recipe_are_named(changes, named, recipe, folder, tmp_path, capsys, monkeypatch):
     raw = json.loads(recipe.read_text())
     of_recipe = next(iter(changes)) in raw
+    if isinstance(changes.get("model"), dict):
+        changes = {"model": raw["model"] | changes["model"]}
     changed = raw | changes if of_recipe else raw | {"phases": [raw["phases"][0] | changes]}
     (tmp_path / "recipe.json").write_text(json.dumps(changed))
     test_mistakes_get_one_line_and_status_2([], named, tmp_path / "recipe.json", folder, tmp_path, capsys, monkeypatch)
@@ -481,7 +486,7 @@ def test_a_run_that_is_told_to_stop_ends_after_a_step_with_a_checkpoint(number, 
             command(long(recipe, tmp_path / "recipe.json"), folder, run, processes=processes),
             stdout=subprocess.PIPE, stderr=err, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        process.stdout.readline()  # at step 20
+        next(line for line in process.stdout if line.startswith("step 20/"))
         process.send_signal(number)
         process.communicate(timeout=100)
     step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
@@ -494,14 +499,14 @@ def test_a_run_that_is_told_to_stop_ends_after_a_step_with_a_checkpoint(number, 
 
 
 class Signalling(io.StringIO):
-    """Standard output that sends this process a signal with what is written first."""
+    """Standard output that sends this process a signal with the first line of a step."""
 
     def __init__(self, number: int):
         super().__init__()
         self.number = number
 
     def write(self, text: str) -> int:
-        if not self.getvalue():
+        if text.startswith("step 20/"):
             signal.raise_signal(self.number)
         return super().write(text)
 
@@ -509,7 +514,7 @@ class Signalling(io.StringIO):
 def test_a_run_that_is_stopped_ends_with_the_status_of_its_signal(recipe, folder, tmp_path):
     call = command(long(recipe, tmp_path / "recipe.json"), folder, tmp_path / "run")
     done = run_here(call, Signalling(signal.SIGTERM))
-    assert done.returncode == 143 and done.stdout.startswith("step 20/") and "after step 21, go on with" in done.stderr
+    assert done.returncode == 143 and "after step 21, go on with" in done.stderr
     assert [x["step"] for x in losses(tmp_path / "run")] == list(range(1, 22))
 
 
@@ -582,7 +587,7 @@ def test_the_tokens_of_an_answer_are_those_with_digits_of_the_key(pieces, digits
 )
 def test_documents_with_pass_keys_mark_answers_by_any_tokenizer(pieces, folder, tmp_path):
     tokenizer = own_tokenizer(tmp_path / "m", *pieces)
-    corpus = Corpus(folder, tokenizer)
+    corpus, _ = read_corpora([Source(folder)], tokenizer)
     for seed in range(30):
         ids, answered = corpus.passkey(np.random.default_rng(seed), 1500, 300, dense=bool(seed % 2))
         key = tokenizer.decode(ids.tolist()).split("The pass key is ")[1][:5]
@@ -738,10 +743,14 @@ def test_one_document_in_sixteen_is_held_out_and_more_documents_change_that_of_n
 
 
 def test_contrast_decides_which_entries_are_seen():
-    phase = Phase(steps=1, learning_rate=1.0, window=8, documents=2, packing=4, ranges=[7], mix={"text": [1, 1]})
-    assert extra_contexts(phase, (0, 0, 0)) == extra_contexts(phase, (0, 0, 0), "detached") == [0, 1, 2, 3, 0, 3, 6, 7]
-    assert extra_contexts(phase, (0, 0, 0), "positives") == [0, 1, 2, 3] * 2
-    assert extra_contexts(phase, (0, 0, 0), "none") == [0] * 8
+    shape = {"steps": 1, "learning_rate": 1.0, "window": 8, "documents": 2, "packing": 4, "mix": {"text": [1, 1]}}
+    phase = PackedPhase(ranges=[7], **shape)
+    assert phase.extra(0) == phase.extra(0, "detached") == [0, 1, 2, 3, 0, 3, 6, 7]
+    assert phase.extra(0, "positives") == [0, 1, 2, 3] * 2
+    assert phase.extra(0, "none") == [0] * 8
+    listed = PackedPhase(contexts=[0, 3, 7, 7], **shape | {"documents": 3})  # of the paper's 7B model
+    assert listed.extra(5) == [0, 1, 2, 3, 0, 3, 6, 7, 0, 3, 7, 7]
+    assert contexts(listed, 0, "full") == "(0,0) (1,2) (2,5) (3,4)"
 
 
 def test_detached_contexts_give_the_same_loss_and_another_step(whole, recipe, folder, tmp_path):
@@ -754,6 +763,115 @@ def test_the_learning_rate_rises_and_falls_in_every_phase():
     for phase in Recipe(HERE / "tiny.json").phases:
         rates = [phase.learning_rate_at(step) for step in range(phase.steps)]
         assert rates[0] < 0.1 * max(rates) and rates[-1] < 0.1 * max(rates) and max(rates) <= phase.learning_rate
+
+
+@pytest.mark.parametrize(
+    "changes, rates",
+    [
+        ({"schedule": "constant", "warmup": 4}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ({"warmup": 0, "final": 0.0}, [1, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]),
+        ({"warmup": 2, "final": 0.5}, [0.5, 0.981, 0.927, 0.846, 0.75, 0.654, 0.573, 0.519]),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_is_what_a_recipe_says(changes, rates, recipe):
+    phase = PackedPhase(**json.loads(recipe.read_text())["phases"][0] | {"steps": 8, "learning_rate": 1.0} | changes)
+    assert [phase.learning_rate_at(step) for step in range(8)] == pytest.approx(rates, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, seen",
+    [
+        ("tune", "(0,0) (1,1) (2,1) (3,0)"),
+        ("tune_7b", "(0,0) (1,2) (2,5) (3,4)"),
+        ("tune_code", "(0,0) (1,2) (2,5) (3,4)"),
+    ],
+)
+def test_recipes_for_tuning_are_the_papers(name, seen):
+    """Appendix A.2: positives and negatives of the quarters of a batch, 256k tokens a step, a constant rate of 2e-5."""
+    recipe = Recipe(HERE / f"{name}.json")
+    (phase,) = recipe.phases
+    assert contexts(phase, 0, "full") == seen and phase.step_tokens == 1 << 18
+    assert {phase.learning_rate_at(step) for step in (50, 1000, phase.steps - 1)} == {2e-5}
+    assert recipe.weight_decay == 0.01 and not phase.asks
+
+
+def test_a_recipe_without_a_shape_tunes_what_is_named(folder, tmp_path):
+    done, _ = train(HERE / "tune.json", folder, tmp_path / "run")
+    assert done.returncode == 2 and "hidden_size" in done.stderr and "--init" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_tells_what_it_trains_on_and_how_it_goes(recipe, folder, tmp_path):
+    raw = json.loads(recipe.read_text())
+    asks, text = (
+        raw["phases"][1] | {"steps": 20, "learning_rate": 1e-3, "mix": {kind: [1, 1]}} for kind in ("dense", "text")
+    )
+    asks["ranges"] = None
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(raw | {"phases": [asks, text]}))
+    done, _ = train(path, folder, tmp_path / "run", "--validate", 30, "--stop-after", 20)
+    assert done.returncode == 0, done.stderr
+    more, _ = train(path, folder, tmp_path / "run", "--validate", 30, "--resume")
+    lines, after = done.stdout.splitlines(), more.stdout.splitlines()
+    counted = sum(p.numel() for p in FastLlama(FastConfig(**raw["model"])).parameters())
+    assert lines[0] == f"{counted:,} parameters; 40 steps, {40 * 2 * 2 * 4 * 64:,} tokens"
+    assert "documents of" in lines[1] and "held out" in lines[1]
+    assert lines[2] == "phase 1: 20 steps of 2 x 2 documents x 4 entries of 64 tokens; the entries of a document see"
+    assert lines[3:6] == [
+        "  (positives, negatives) (0,0) (1,0) (2,0) (3,0)",
+        lines[4],
+        "  (positives, negatives) (0,0) (1,1) (2,1) (3,0)",
+    ]
+    assert lines[6] == "  (positives, negatives) (0,0) (1,2) (2,4) (3,4)"
+    log = losses(tmp_path / "run")
+    step = next(line for line in lines if line.startswith("step 20/40"))
+    assert f"loss {np.mean([x['loss'] for x in log[:20]]):.4f}  answer loss " in step
+    assert "resumed at step 20" in after
+    step = next(line for line in after if line.startswith("step 40/40"))
+    assert f"loss {np.mean([x['loss'] for x in log[20:]]):.4f}  " in step and "answer" not in step
+    assert [x["step"] for x in log if "held_out" in x] == [30, 40]
+    told = log[-1]["held_out"]
+    assert (
+        f"step 40: loss on held-out documents {told['with memory']:.4f} with memory, {told['without']:.4f} without"
+        in after
+    )
+    assert (tmp_path / "run" / "curve.png").read_bytes().startswith(
+        b"\x89PNG"
+    ) and "python generate.py --model" in more.stdout
+
+
+def test_rows_of_json_lines_are_documents_and_sources_are_drawn_by_weight(tmp_path):
+    tokenizer, texts = Tokenizer(TOKENIZER), [f"{i} {LONG_TEXT[500 * i : 500 * i + 300]}" for i in range(40)]
+    lines = "".join(json.dumps({"body": text, "n": 1}) + "\n" for text in [*texts, "short"])
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        corpora = read_corpora([Source(tmp_path / name)], tokenizer, "body", shortest=100)
+        found = [[tokenizer.decode(x.tolist()) for x in corpus.documents] for corpus in corpora]
+        wanted = [tokenizer.decode(tokenizer.encode(text)) for text in texts]
+        assert sorted(found[0] + found[1]) == sorted(wanted) and 0 < len(found[1]) < 10
+        assert corpora[0].tokens == sum(len(tokenizer.encode(text, eos=True)) for text in texts) - corpora[1].tokens
+    (tmp_path / "c.jsonl").write_text(json.dumps({"body": LONG_TEXT[:40_000]}) + "\n")
+    assert not is_held_out(LONG_TEXT[:40_000])
+    both = [Source.parse(f"{tmp_path / name}={weight}") for name, weight in (("a.jsonl", 3), ("c.jsonl", 0.5))]
+    corpus, _ = read_corpora(both, tokenizer, "body")
+    assert corpus.weights.sum() == pytest.approx(1) and corpus.weights[-1] == pytest.approx(0.5 / 3.5)
+    assert Source.parse("x=y.jsonl") == Source(Path("x=y.jsonl")) and Source.parse("x=0") == Source(Path("x=0"))
+
+
+@pytest.mark.parametrize(
+    "lines, flags, named",
+    [
+        ('{"text": "a"}\n{"text"\n', (), "line 2 is no JSON object"),
+        ('{"body": "a"}\n', (), "row 1 has no text under 'text'"),
+        ('{"text": "a"}\n', ("--shortest", "9"), "no document to train on, of at least 9 letters"),
+    ],
+)
+def test_json_lines_that_hold_no_documents_are_refused(lines, flags, named, recipe, tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines)
+    done, _ = train(recipe, tmp_path / "a.jsonl", tmp_path / "run", *flags)
+    assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_tokenizer_is_trained_whose_pieces_spell_any_text_and_no_unfinished_one_is_left(folder, tmp_path):
