@@ -5,8 +5,8 @@
 
 A document is a window of records, `<k> k1 k2 k3 k4 <v> v1 v2`, all of random symbols, and a window of questions,
 `<q> k1 k2 k3 k4 <v> v1 v2`, one for each record. The loss is on the values of questions. Of the records the local context of
-questions has nothing: the memory layer must find them. Each seed makes three models, on as many documents in as many steps,
-after a way in from fewer records:
+questions has nothing: the memory layer must find them. Each seed makes three models, from one way in, which begins with few
+records and no negatives, on as many documents in as many steps:
 
 * d = 1: a window of questions sees its own document's records, and nothing else.
 * d = 64: it also sees up to 63 windows of other documents, whose keys must be told from its own.
@@ -18,7 +18,6 @@ are right. The plain model has all of the dictionary in its context, however lar
 
 import sys
 import time
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,16 +155,16 @@ def home(folder: Path, seed: int, kind: str) -> Path:
 
 def make(folder: Path, seed: int):
     """Trains the three models of a seed, and writes those that are not there."""
-    starts = {}
+    start = None
     for kind, most in KINDS.items():
         if home(folder, seed, kind).exists():
             continue
-        first = min(most, 1)
-        if first not in starts:  # models with memory set out from one point
+        if start is None:
             torch.manual_seed(seed)
-            starts[first] = new_model(plain=most == 0)
-            train(starts[first], FIRST, first, np.random.default_rng(seed), f"seed {seed}, the way in", decay=False)
-        model = deepcopy(starts[first])
+            start = new_model(plain=False)
+            train(start, FIRST, 1, np.random.default_rng(seed), f"seed {seed}, the way in", decay=False)
+        model = new_model(plain=most == 0)
+        model.load_state_dict(start.state_dict())  # memory has no weights of its own
         train(model, THEN, most, np.random.default_rng((seed, 1)), f"seed {seed}, {kind}", decay=True)
         save_pretrained(model.to(torch.bfloat16), home(folder, seed, kind))
 

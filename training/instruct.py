@@ -12,6 +12,7 @@ the right, so that a random part of it lies in memory, not in the local context,
 import sys
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from reprlib import repr as brief
 
@@ -156,11 +157,10 @@ class Rows:
 
     def read(self, path: Path) -> list[dict]:
         """The rows of a file, or of all files of a folder. Raises OSError or ValueError, naming the row that is none."""
-        files = (
-            sorted(file for kind in ("*.jsonl", "*.jsonl.gz") for file in path.glob(kind)) if path.is_dir() else [path]
-        )
-        require(bool(files), f"{path} has no .jsonl or .jsonl.gz files")
-        rows = []
+        files, rows = [path], []
+        if path.is_dir():
+            files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
+            require(bool(files), f"{path} has no .jsonl or .jsonl.gz files")
         for file in files:
             for number, row in enumerate(json_lines(file), 1):
                 try:
@@ -229,7 +229,10 @@ class Rows:
         return tuple(map(torch.from_numpy, (ids, labels, mask)))
 
     def digest(self) -> str:
-        return sha256(repr((self.sources, self.fields, self.prompts)).encode(errors="surrogatepass")).hexdigest()
+        hashed = sha256(repr((self.fields, self.prompts, self.shares)).encode())
+        for row in chain(*self.sources):
+            hashed.update(repr(row).encode(errors="surrogatepass"))
+        return hashed.hexdigest()
 
     def lines(self, recipe: Recipe) -> list[str]:
         counts = " and ".join(f"{len(rows):,} ({share:.0%})" for rows, share in zip(self.sources, self.shares))
@@ -245,17 +248,15 @@ class Rows:
         return loss, [loss]
 
     def validate(self, model: FastLlama, phase: InstructPhase) -> dict[str, float]:
-        """Of the same samples, a part of each in memory; and all of it in the local context."""
-        found, rng = {}, np.random.default_rng(0)
-        drawn = rng.permutation(len(self.held))[: CHECKED * phase.samples]
-        batches = [
-            [self.held[i] for i in part] for part in np.split(drawn, range(phase.samples, len(drawn), phase.samples))
-        ]
-        batches = [self.batch(rows, phase, rng) for rows in batches if rows]
-        for how, last in (("through memory", phase.last_context_length), ("all local", phase.length)):
-            each = [mean_loss(model, batch, last).item() for batch in batches]
-            found |= {how: sum(each) / len(each)} if each else {}
-        return found
+        """Of the same samples, a part of each in memory; and, where a window holds them, all of it in the local context."""
+        ways, rng = {"through memory": phase.last_context_length}, np.random.default_rng(0)
+        if phase.length <= model.config.max_position_embeddings:
+            ways["all local"] = phase.length
+        drawn = [self.held[i] for i in rng.permutation(len(self.held))[: CHECKED * phase.samples]]
+        batches = [drawn[i : i + phase.samples] for i in range(0, len(drawn), phase.samples)]
+        batches = [self.batch(rows, phase, rng) for rows in batches]
+        losses = {how: [mean_loss(model, batch, last).item() for batch in batches] for how, last in ways.items()}
+        return {how: sum(each) / len(each) for how, each in losses.items() if each}
 
     def sample(self, model: FastLlama) -> tuple[str, str] | None:
         """How the model answers the first row that is held out."""
