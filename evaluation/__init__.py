@@ -1,0 +1,1 @@
+"""The field's own measures: what published tables are made of."""
