@@ -3,10 +3,14 @@
     python experiments/passkey.py                                             # the tiny model, up to 16k tokens
     python experiments/passkey.py --lengths 1k,64k,1M --trials 20 --picture passkey.png
     python experiments/passkey.py --model DIR OTHER_DIR --device cuda         # models side by side
+    python experiments/passkey.py --model DIR --filler original --lengths 2k,100k,256k    # LongLLaMA's own prompt
 
 Prompts have exactly the length asked for, in tokens. Keys lie at random depths, spread evenly from the start of the prompt
 (0%) to its end. A trial counts when greedy decoding gives all five digits, and no sixth. The filler is real text (--text), or the
-sentences about green grass that such tests are usually made of, or each in half of the trials.
+sentences about green grass that such tests are usually made of, or each in half of the trials. With --filler original it is the
+prompt of LongLLaMA's own test, for comparison with its figure: keys are numbers of 1 to 50000, so of one to five digits; filler,
+key and question stand on lines of their own; grass is counted and cut in characters, so that prompts are a few tokens shorter or
+longer than asked for.
 
 Beside each model stands the same without memory: of the same prompts it reads the end alone, as many tokens as its window holds
 with the answer. All of them are local, so nothing is remembered, and the rest of the prompt need not be read.
@@ -37,7 +41,7 @@ from cli.texts import read_text
 from experiments.output import add_output_flags, by_name, check_outputs, save_table
 from fast import FastLlama
 from tokenizer import Tokenizer
-from training.tasks import GRASS, MOST_TRIALS, STEPS, answers, prompt_ids, random_key
+from training.tasks import GRASS, INTRO, KEY, MOST_TRIALS, QUESTION, STEPS, answers, prompt_ids, random_key
 
 TOKENS_AT_ONCE = 1 << 17  # short prompts are read as batches of about this size
 
@@ -51,29 +55,53 @@ class Trial:
     found: bool
 
 
+def original_key(rng: torch.Generator) -> str:
+    return str(int(torch.randint(1, 50001, (1,), generator=rng)))
+
+
+def original_prompt(tokenizer: Tokenizer, length: int, depth: float, key: str) -> list[int]:
+    """The ids of LongLLaMA's own prompt, about `length` of them. Its filler begins anew behind the key."""
+
+    def ids(characters: int) -> list[int]:
+        grass, before = " ".join([GRASS] * (characters // len(GRASS) + 1)), round(depth * characters)
+        lines = INTRO, grass[:before], KEY.format(key=key), grass[: characters - before], QUESTION
+        return tokenizer.encode("\n".join(lines))
+
+    none, some, more = (len(ids(n * (len(GRASS) + 1))) for n in (0, 10, 20))
+    if length < none:
+        raise ValueError(f"a prompt with a pass key takes at least {none} tokens, {length} are too few")
+    repetitions = 10 + 10 * (length - some) / (more - some)
+    return ids(max(round(repetitions * (len(GRASS) + 1)), 0))
+
+
 def measure(
     model: FastLlama,
     tokenizer: Tokenizer,
     name: str,
-    fillers: dict[str, list[int]],
+    fillers: dict[str, list[int] | None],
     length: int,
     trials: int,
     seed: int,
     remembers: bool = True,
 ) -> list[Trial]:
-    """`trials` trials of one length for each filler. remembers: False is without memory."""
+    """`trials` trials of one length for each filler: ids, or None, the original's. remembers: False is without memory."""
     rng, results = torch.Generator().manual_seed(seed), []
     room = model.config.max_position_embeddings - STEPS + 1  # the last token said is not read
     device = model.embed_tokens.weight.device
-    at_once = max(1, TOKENS_AT_ONCE // length)
     for filler, text in fillers.items():
-        keys = [random_key(rng) for _ in range(trials)]
+        original = text is None
+        at_once = 1 if original else max(1, TOKENS_AT_ONCE // length)  # the original's differ in length
+        keys = [original_key(rng) if original else random_key(rng) for _ in range(trials)]
         depths = ((torch.arange(trials) + torch.rand(trials, generator=rng)) / trials).tolist()
         for i in range(0, trials, at_once):
             batch = list(zip(keys, depths))[i : i + at_once]
-            ids = torch.tensor(
-                [prompt_ids(tokenizer, length, depth, key, text, rng) for key, depth in batch], device=device
-            )
+            prompts = [
+                original_prompt(tokenizer, length, depth, key)
+                if original
+                else prompt_ids(tokenizer, length, depth, key, text, rng)
+                for key, depth in batch
+            ]
+            ids = torch.tensor(prompts, device=device)
             ids, last = (ids, None) if remembers else (ids[:, -room:], room)
             said = model.generate(ids, STEPS, temperature=0, eos_token_id=None, last_context_length=last)
             said = torch.stack(list(said), dim=1).tolist()
@@ -143,7 +171,10 @@ def main():
         "--trials", type=number(int, 1, MOST_TRIALS), default=10, help="for each length and filler (default 10)"
     )
     parser.add_argument(
-        "--filler", choices=["text", "grass", "both"], default="both", help="what the key is hidden in (default both)"
+        "--filler",
+        choices=["text", "grass", "both", "original"],
+        default="both",
+        help="what the key is hidden in (default both); original: LongLLaMA's own prompt",
     )
     parser.add_argument(
         "--text", type=Path, nargs="+", default=[TINY / "book.txt"], metavar="FILE", help="repeated where too short"
@@ -161,9 +192,8 @@ def main():
         try:
             for name, path in by_name(args.model).items():
                 model, tokenizer = load(path, pick_device(args.device), args.dtype, args.memory)
-                fillers = {"text": tokenizer.encode(text, bos=False), "grass": tokenizer.encode(GRASS, bos=False)}
-                if args.filler != "both":
-                    fillers = {args.filler: fillers[args.filler]}
+                ids = {filler: tokenizer.encode(x, bos=False) for filler, x in (("text", text), ("grass", GRASS))}
+                fillers = ids if args.filler == "both" else {args.filler: ids.get(args.filler)}
                 for length in dict.fromkeys(args.lengths):
                     for label, remembers in ((name, True), (f"{name}, no memory", False)):
                         started = time.perf_counter()

@@ -172,6 +172,41 @@ def test_without_memory_a_pass_key_is_found_in_the_last_window_alone(tiny):
     assert any(near) and not any(far) and sum(t.found for t in remembered) > sum(near)
 
 
+TOKENIZERS = [TINY / "tokenizer.model", *sorted((TINY.parent.parent / "shared" / "tokenizers").glob("*.model"))]
+
+
+@pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.name)
+def test_the_originals_prompt_has_about_the_length_asked_for_and_its_filler_begins_anew_behind_the_key(path):
+    tokenizer = Tokenizer(path)
+    for length, depth, key in (100, 0.0, "7"), (3000, 0.37, "49999"), (20000, 1.0, "123"):
+        ids = passkey.original_prompt(tokenizer, length, depth, key)
+        assert abs(len(ids) - length) <= 8
+        intro, before, needle, after, question = tokenizer.decode(ids).split("\n")
+        assert intro.startswith("There is an important info") and question == "What is the pass key? The pass key is"
+        assert needle == f"The pass key is {key}. Remember it. {key} is the pass key."
+        grass = " ".join([passkey.GRASS] * 9000)
+        assert all(grass.startswith(x) for x in (before, after)) and len(before) == round(depth * len(before + after))
+    with pytest.raises(ValueError, match="at least"):
+        passkey.original_prompt(tokenizer, 20, 0.5, "7")
+
+
+@pytest.mark.skipif(len(TOKENIZERS) == 1, reason="needs OpenLLaMA's tokenizer")
+def test_as_many_characters_of_filler_as_in_the_original_make_as_many_tokens():
+    """Counted by the original's script: 440,000 characters, 117,404 tokens."""
+    tokenizer = Tokenizer(TOKENIZERS[1])
+    _, before, _, after, _ = tokenizer.decode(passkey.original_prompt(tokenizer, 117404, 0.5, "12345")).split("\n")
+    assert abs(len(before + after) - 440_000) < 40
+
+
+def test_the_original_draws_numbers_of_one_to_five_digits_and_tiny_finds_them(tiny, run, capsys):
+    rng = torch.Generator().manual_seed(0)
+    keys = [passkey.original_key(rng) for _ in range(20_000)]
+    assert {len(key) for key in keys} == {1, 2, 3, 4, 5} and 49_900 < max(map(int, keys)) <= 50_000 and "0" not in keys
+    assert run(passkey.main, "--filler", "original", "--lengths", "2k", "--trials", "3") == 0
+    [_, _, remembered, alone] = rows(capsys.readouterr().out)
+    assert remembered == ["tiny", "original", "100% (3)"] and alone[:2] == ["tiny, no memory", "original"]
+
+
 class Sure(FastLlama):
     """Says what it is told to."""
 
