@@ -2,6 +2,7 @@
 
     python generate.py --prompt "The sea" --max-new-tokens 50 --seed 1
     python generate.py --prompt-file tiny/book.txt --max-new-tokens 50 --keep-local 64
+    python generate.py --prompts FILE.jsonl --stop "." --seed 1        # a file of {"prompt": "..."}, one a line
 
 The continuation, and nothing else, goes to standard output. Warnings, progress and statistics go to standard error.
 """
@@ -15,6 +16,7 @@ from cli.ending import ending_well, say, tell, warn
 
 import torch
 
+from cli.completions import Completion
 from cli.flags import (
     MEMORY_FLAGS,
     SAMPLING_FLAGS,
@@ -31,10 +33,12 @@ from cli.flags import (
 )
 from cli.loading import load, pick_device, warnings
 from cli.progress import Progress, statistics
+from cli.prompts import continue_prompts, read_prompts
 from cli.texts import read_prompt
-from fast import load_memory, save_memory
+from fast import FastLlama, load_memory, save_memory
 from fast.saved import check_kept, memory_nbytes
-from tokenizer import StreamDecoder
+from longllama import Cache
+from tokenizer import Tokenizer
 
 DEMONSTRATION = """\
 A book of 51,000 tokens was read in windows of 256, with a pass key, 71428, in the fifteenth of them, asked for at the end. Next:
@@ -44,7 +48,7 @@ A book of 51,000 tokens was read in windows of 256, with a pass key, 71428, in t
 def make_parser() -> argparse.ArgumentParser:
     parser = parser_for(__doc__)
     add = parser.add_argument
-    add_prompt_flags(parser)
+    add_prompt_flags(parser, many=True)
     add_model_flags(parser)
     add("--max-new-tokens", type=number(int, 0), default=100, metavar="N", help="default 100")
     add_sampling_flags(parser)
@@ -59,20 +63,36 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace):
+    if args.prompts and args.save_memory:
+        raise ValueError("--save-memory keeps what one text left in memory, and --prompts are many: give --prompt TEXT")
+    if args.batch and not args.prompts:
+        raise ValueError("--batch says how many of --prompts FILE are continued at once: give them, or leave it out")
     device = pick_device(args.device)
     if args.save_memory:
         check_new_file("--save-memory", args.save_memory)
-    prompt = read_prompt(args)
-    if args.load_memory and not prompt:
+    given_text = read_prompts(args.prompts) if args.prompts else read_prompt(args)
+    if args.load_memory and not given_text:
         raise ValueError("--load-memory goes on from a text that was read: the prompt must not be empty")
     config = given(args, (*MEMORY_FLAGS, "mem_attention_grouping"))
     model, tokenizer = load(args.model, device, args.dtype, args.memory, **config)
     if args.compile:
         model.compile_layers()
-    digest = tokenizer.digest
-    cache = load_memory(args.load_memory, model, tokenizer=digest) if args.load_memory else model.new_cache()
-    ids = torch.tensor([tokenizer.encode(prompt, bos=not args.load_memory)], dtype=torch.long, device=device)
-    T, decoder, new, unsaved = ids.shape[1], StreamDecoder(tokenizer, continues=bool(prompt)), 0, None
+    cache = load_memory(args.load_memory, model, tokenizer=tokenizer.digest) if args.load_memory else model.new_cache()
+    if cache.batch_size not in (None, 1):
+        raise ValueError(
+            f"--load-memory {args.load_memory} is a memory of {cache.batch_size} texts, and a prompt follows one"
+        )
+    if args.prompts:
+        continue_prompts(args, given_text, model, tokenizer, cache)
+    else:
+        continue_prompt(args, given_text, model, tokenizer, cache)
+
+
+def continue_prompt(args: argparse.Namespace, prompt: str, model: FastLlama, tokenizer: Tokenizer, cache: Cache):
+    """Writes what follows a prompt, as it comes, and says what it took."""
+    device, digest = model.norm.weight.device, tokenizer.digest
+    ids = tokenizer.encode(prompt, bos=not args.load_memory)
+    T, text, new, unsaved = len(ids), Completion(tokenizer, ids, model.config.eos_token_id, args.stop), 0, None
     if args.save_memory:  # before a long prompt is read
         check_kept(cache)
         check_new_file("--save-memory", args.save_memory, memory_nbytes(cache, model, T))
@@ -83,7 +103,8 @@ def run(args: argparse.Namespace):
     times = [time.perf_counter()]
     most = max(args.max_new_tokens, 1) if args.save_memory else args.max_new_tokens  # the first comes when all is read
     try:
-        for token in model.generate(ids, most, cache=cache, **given(args, SAMPLING_FLAGS)):
+        read = torch.tensor([ids], dtype=torch.long, device=device)
+        for token in model.generate(read, most, cache=cache, **given(args, SAMPLING_FLAGS)):
             token = token.item()
             times.append(time.perf_counter())
             if new == 0:
@@ -96,11 +117,13 @@ def run(args: argparse.Namespace):
             if new == args.max_new_tokens:
                 break
             new += 1
-            say(decoder.feed(token))
+            say(text.feed(token))
+            if text.ended:
+                break
     finally:  # after Ctrl-C too
         progress.close()
         if new:
-            say(decoder.flush() + "\n")
+            say(text.flush() + "\n")
         if len(times) > 1 and not args.quiet:
             tell(statistics(cache, progress, T, times, device))
         if unsaved:

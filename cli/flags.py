@@ -147,15 +147,26 @@ def add_memory_flags(parser: argparse.ArgumentParser):
     add_own_memory_flag(parser)
 
 
-SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
+def parse_stop(text: str) -> str:
+    """An argparse type: a text that something can end before."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: every text would end before it")
+    return text
+
+
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser):
-    """SAMPLING_FLAGS, which `LongLlama.generate` takes."""
+    """SAMPLING_FLAGS, which `FastLlama.generate` takes, and --stop, for `Completion`."""
     add = parser.add_argument
     add("--temperature", type=parse_temperature, default=0.8, metavar="X", help="0: always the likeliest (default 0.8)")
     add("--top-k", type=number(int, 1), metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=number(float, 1e-6, 1), metavar="P", help="draw from the likeliest of probability P")
+    add("--min-p", type=number(float, 0, 1), metavar="P", help="draw from those at least P times as likely as the best")
+    penalty, stop = "above 1: tokens read or written come less likely again", "end before any of these texts"
+    add("--repetition-penalty", type=number(float, 1e-3, 1e3), metavar="X", help=penalty)
+    add("--stop", type=parse_stop, nargs="+", action="extend", default=[], metavar="TEXT", help=stop)
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="draw the same tokens every time")
 
 
@@ -163,11 +174,20 @@ def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def add_prompt_flags(parser: argparse.ArgumentParser):
-    """--prompt or --prompt-file, for `read_prompt`."""
+BATCH = 8  # prompts at once, if --batch does not say
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser, many: bool = False):
+    """--prompt or --prompt-file, for `read_prompt`. many: or --prompts and --batch, for `read_prompts`."""
     prompt = parser.add_mutually_exclusive_group()  # `read_prompt` asks for one: a misspelt flag is told first
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="'-' is standard input")
+    if many:
+        said = 'many texts, JSON lines {"prompt": "..."}: each is written with its "completion" added'
+        prompt.add_argument("--prompts", metavar="FILE", help=said)
+        parser.add_argument(
+            "--batch", type=number(int, 1), metavar="N", help=f"of --prompts, N at once (default {BATCH})"
+        )
 
 
 def demonstration() -> list[str]:

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from cli.flags import (
+    SAMPLING_FLAGS,
+    add_sampling_flags,
     check_new_file,
     check_new_folder,
     listed,
     number,
     parse_length,
     parse_lengths,
+    parse_stop,
     parse_temperature,
     parser_for,
     short,
@@ -66,6 +69,15 @@ def test_numbers_beyond_all_use_are_refused_and_not_counted_up_to(text):
 def test_temperatures_too_small_to_divide_by_are_refused():
     assert parse_temperature("0") == 0 and parse_temperature("1e-5") == 1e-5
     assert all(refused(parse_temperature, text) for text in ("1e-6", "1e-46", "-1"))
+
+
+def test_stop_strings_may_be_several_with_one_flag_or_many():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_sampling_flags(parser)
+    for words, right in (([], []), (["--stop", "a", "\n"], ["a", "\n"]), (["--stop", "a", "--stop=-b"], ["a", "-b"])):
+        assert parser.parse_args(words).stop == right
+    assert refused(parse_stop, "") and parse_stop(" ") == " "
+    assert set(SAMPLING_FLAGS) | {"stop"} == vars(parser.parse_args([])).keys()
 
 
 def test_lengths_are_written_short_and_read_back():

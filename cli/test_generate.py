@@ -24,6 +24,7 @@ import convert
 import generate
 from cli.loading import TINY, load
 from cli.progress import Progress, process_peak, statistics
+from cli.test_completions import naive
 from cli.test_ending import ROOT, one_line, run_main, run_program
 from cli.test_tokenizer import special_tokenizer
 from fast import FastLlama
@@ -206,6 +207,23 @@ def test_text_after_an_empty_prompt_begins_without_a_space(tiny, capsys):
         assert capsys.readouterr().out == tiny[1].decode(ids) + "\n"
 
 
+def test_text_ends_before_the_first_stop_string_also_where_it_is_cut_between_tokens(tiny, capsys):
+    model, tokenizer = tiny
+    prompt = tokenizer.encode("The sea")
+    ids = [i.item() for i in model.generate(torch.tensor([prompt]), 30, temperature=0)]
+    *texts, whole = [tokenizer.decode(prompt + ids[:n]).removeprefix("The sea") for n in range(31)]
+    cut = next(n for n in range(9, 20) if n not in map(len, texts))  # in the midst of a token
+    inside = whole[cut : cut + 8]
+    for stops in ([inside], [inside, whole[4:6]], ["never", whole[20:22]], [whole[-3:] + "x"]):
+        calls = []
+        with before_each(FastLlama, lambda model: calls.append(1)):  # noqa: B023
+            flags = ("--prompt", "The sea", "--max-new-tokens", 30, *GREEDY)
+            assert run_generate(*flags, "--stop", *stops) == 0
+        out, err = capsys.readouterr()
+        assert out == naive(whole, stops) + "\n" and f"prompt {len(prompt)} tokens in 1 windows" in err
+        assert len(calls) == next((n for n, text in enumerate(texts) if naive(text, stops) != text), 30)
+
+
 # ------------------------------------------------------------------------------------------------------ Saved memory
 
 
@@ -353,7 +371,8 @@ def test_a_text_that_a_model_without_memory_ends_is_warned_of_and_stays(capsys, 
         ["--quiet"], ["--prompt", "a", "--prompt-file", "b"], ["--prompt-file", "missing.txt"], ["--prompt-file", "latin1.txt"],
         ["--prompt-file", "."], ["--prompt", "a", "--top-p", "1.7"], ["--prompt", "a", "--top-p", "0"],
         ["--prompt", "a", "--top-k", "0"], ["--prompt", "a", "--temperature", "-1"], ["--prompt", "a", "--temperature", "nan"],
-        ["--prompt", "a", "--temperature", "1e-7"],
+        ["--prompt", "a", "--temperature", "1e-7"], ["--prompt", "a", "--min-p", "1.1"], ["--prompt", "a", "--stop", ""],
+        ["--prompt", "a", "--repetition-penalty", "0"], ["--prompt", "a", "--stop"],
         ["--prompt", "a", "--max-new-tokens", "-3"], ["--prompt", "a", "--max-new-tokens", "many"],
         ["--prompt", "a", "--seed", "-1"], ["--prompt", "a", "--seed", str(2**63)], ["--prompt", "caf\udce9"],
         *(["--prompt", "a", "--device", name] for name in ("meta", "xla", "hpu", "vulkan", "cuda:99", "privateuseone")),
@@ -502,18 +521,18 @@ def test_every_flag_that_changes_the_model_is_used():
 
 def test_every_flag_that_changes_sampling_is_used(tiny, capsys):
     """Each of them by itself changes what is drawn, and the program draws what all of them give."""
-    sampling = {"temperature": 1.5, "top_k": 9, "top_p": 0.8, "seed": 6}
+    sampling = {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3, "seed": 13}
     model, tokenizer = tiny
 
     def drawn(**options) -> str:
-        ids = [i.item() for i in model.generate(torch.tensor([tokenizer.encode("The sea")]), 12, **options)]
+        ids = [i.item() for i in model.generate(torch.tensor([tokenizer.encode("The sea")]), 16, **options)]
         return "".join(map(StreamDecoder(tokenizer, continues=True).feed, ids))
 
     right = drawn(**sampling)
-    unlike = [drawn(**sampling | {name: other}) for name, other in zip(sampling, (0.8, None, None, 7))]
-    assert len({right, *unlike}) == 5
+    unlike = [drawn(**sampling | {name: other}) for name, other in zip(sampling, (0.8, None, None, None, None, 14))]
+    assert len({right, *unlike}) == 7
     words = [word for name, value in sampling.items() for word in ("--" + name.replace("_", "-"), value)]
-    assert run_generate("--prompt", "The sea", "--max-new-tokens", 12, *words, "--quiet") == 0
+    assert run_generate("--prompt", "The sea", "--max-new-tokens", 16, *words, "--quiet") == 0
     assert capsys.readouterr().out == right + "\n"
 
 

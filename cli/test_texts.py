@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cli.texts import KEY, QUESTION, decode, hide_key, read_prompt, read_text
+from cli.texts import KEY, QUESTION, decode, hide_key, read_json_lines, read_prompt, read_text
 
 TEXT = "one\r\ntwo\nthree\rcafé — 日本語\r\n"
 READ = "one\ntwo\nthree\ncafé — 日本語\n"
@@ -91,3 +91,15 @@ def test_a_key_is_hidden_where_it_is_told_to_be_and_asked_for_at_the_end():
         )
         assert KEY.format(key=key) in hidden and hidden.endswith("The pass key is")
     assert hide_key(text) == hide_key(text, "71428", 9000)
+
+
+def test_lines_of_json_are_counted_from_1_whatever_ends_them_and_empty_ones_are_skipped(tmp_path, pipe):
+    data = b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"b": "\xe2\x80\xa8 \\u2028 \\n"}\r\n'
+    (tmp_path / "lines").write_bytes(data)
+    right = [{"a": 1}, {"b": "\u2028 \u2028 \n"}]
+    for name in (str(tmp_path / "lines"), "-"):
+        pipe(data)
+        assert list(read_json_lines(name, "--data")) == list(zip((f"--data {name}: line {n}" for n in (1, 4)), right))
+    (tmp_path / "lines").write_bytes(data + b"{a")
+    with pytest.raises(ValueError, match="^--data .*lines: line 5 is broken JSON: [^:]*$"):
+        list(read_json_lines(str(tmp_path / "lines"), "--data"))

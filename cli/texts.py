@@ -2,7 +2,9 @@
 
 import argparse
 import io
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
@@ -33,20 +35,46 @@ def read_text(path: Path, flag: str = "") -> str:
         raise ValueError(f"{name}: {error.strerror}") from None
 
 
+def read_input(name: str, flag: str) -> str:
+    """The text of a file, or for "-" of standard input. Raises ValueError, which names the flag."""
+    if name != "-":
+        return read_text(Path(name), flag)
+    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    if not data:
+        raise ValueError(f"{flag} -: standard input is closed or empty; pipe a text into it, or name a file")
+    return decode(data, f"{flag} -")
+
+
+def is_utf8(text: str) -> bool:
+    """Python keeps other bytes of flags, and JSON half characters, as surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def read_prompt(args: argparse.Namespace) -> str:
     """What --prompt or --prompt-file gives."""
     if args.prompt is not None:
-        if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # how Python keeps other bytes
+        if not is_utf8(args.prompt):
             raise ValueError("--prompt is not UTF-8 text: convert it first")
         return args.prompt
     if args.prompt_file is None:
         raise ValueError("there is no text to read: give --prompt TEXT or --prompt-file FILE")
-    if args.prompt_file != "-":
-        return read_text(Path(args.prompt_file), "--prompt-file")
-    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
-    if not data:
-        raise ValueError("--prompt-file -: standard input is closed or empty; pipe a text into it, or name a file")
-    return decode(data, "--prompt-file -")
+    return read_input(args.prompt_file, "--prompt-file")
+
+
+def read_json_lines(name: str, flag: str) -> Iterator[tuple[str, dict]]:
+    """The objects in a file of JSON lines, or for "-" in standard input, each with what to call it: flag, file and number of the
+    line. Empty lines are skipped. Raises ValueError."""
+    for n, line in enumerate(read_input(name, flag).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{flag} {name}: line {n}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # if it is nested too deep
+            raise ValueError(f"{where} is broken JSON: {getattr(error, 'msg', error)}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is no JSON object")
+        yield where, row
 
 
 def hide_key(text: str, key: str = "71428", at: int = 9000) -> str:

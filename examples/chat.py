@@ -2,6 +2,7 @@
 
     python examples/chat.py --read tiny/book.txt                     # talk about a book
     python examples/chat.py --model DIR --format instruct            # LongLLaMA-Instruct's chat
+    python examples/chat.py --model DIR --format question --read FILE --fork        # its questions on a document
     python examples/chat.py --read tiny/book.txt --fork < FILE       # a filter: a question a line, each asked of the book alone
 
 Ctrl-C stops an answer, /help lists the commands, and lines that are pasted together are one question. Of an answer exactly what
@@ -16,7 +17,7 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,6 +26,7 @@ from cli.ending import UserError, ending_well, say, tell, user_errors, warn
 import numpy as np
 import torch
 
+from cli.completions import find_stop
 from cli.flags import (
     MEMORY_FLAGS,
     SAMPLING_FLAGS,
@@ -55,20 +57,13 @@ Text that begins with / needs a space in front."""
 
 @dataclass(frozen=True)
 class Format:
-    """What is written around the user's text, and what ends an answer, besides </s>."""
+    """What is written behind a document, around the user's text, and before a document; and what ends an answer, besides </s>."""
 
     opening: str = ""
     before: str = ""
     after: str = ""
     stops: tuple[str, ...] = ()
-
-    def find_stop(self, text: str) -> int:
-        """Where in a text a stop string begins, or may begin: the text may end inside of it. Nowhere: the text's length."""
-
-        def fits(rest: str) -> bool:
-            return any(rest.startswith(stop) or stop.startswith(rest) for stop in self.stops)
-
-        return next((at for at in range(len(text)) if fits(text[at:])), len(text))
+    preface: str = ""
 
 
 FORMATS = {
@@ -79,6 +74,13 @@ FORMATS = {
         "\nUSER: ",
         "\nASSISTANT: ",
         ("\nUSER:", "\nASSISTANT:", "USER:", "ASSISTANT:"),  # the line break before belongs to the next turn
+    ),
+    "question": Format(  # on a document, which stands behind the system prompt of LongLLaMA-Instruct's tuning
+        before="\nQuestion: ",
+        after="\nAnswer: ",
+        stops=("\nQuestion:", "\nAnswer:"),
+        preface="You are an AI assistant. User will you give you a task. "
+        "Your goal is to complete the task as faithfully as you can.\n",
     ),
 }
 
@@ -98,7 +100,7 @@ class Conversation:
     def __init__(
         self, model: FastLlama, tokenizer: Tokenizer, style: Format = FORMATS["plain"], forks: bool = False, **sampling
     ):
-        """forks: every answer goes on from the same past, and none sees another. sampling: for `LongLlama.generate`."""
+        """forks: every answer goes on from the same past, and none sees another. sampling: for `FastLlama.generate`."""
         self.model, self.tokenizer, self.style, self.forks, self.sampling = model, tokenizer, style, forks, sampling
         self.begin()
 
@@ -110,14 +112,14 @@ class Conversation:
         return torch.tensor([ids], device=self.model.norm.weight.device)
 
     def begin(self, document: str | None = None, memory: Path | None = None, show_progress: bool = False):
-        """Starts from a saved memory and a document, where given. A format's opening follows the document. It does not follow
-        a saved memory, which may be of a conversation and have it."""
-        past, opening = Past(self.model.new_cache(), (self.tokenizer.bos_id,)), self.encode(self.style.opening)
+        """Starts from a saved memory and a document, where given. A format's preface stands before the document, and its opening
+        behind. Neither follows a saved memory, which may be of a conversation and have them."""
+        past, style = Past(self.model.new_cache(), (self.tokenizer.bos_id,)), self.style
         if memory:
-            past, opening = self.load(memory), []
+            past, style = self.load(memory), FORMATS["plain"]
         if document:
-            past = self.read(past, self.encode(document), show_progress)
-        self.past = self.start = Past(past.cache, (*past.unread, *opening))
+            past = self.read(past, self.encode(style.preface, document), show_progress)
+        self.past = self.start = Past(past.cache, (*past.unread, *self.encode(style.opening)))
 
     @torch.no_grad()
     def read(self, past: Past, ids: list[int], show_progress: bool = False) -> Past:
@@ -152,23 +154,21 @@ class Conversation:
         for n, token in enumerate(self.model.generate(ids, cache=cache, **self.sampling)):
             i = token.item()  # the cache holds all before it
             ended = i in np.atleast_1d(self.model.config.eos_token_id)
-            if n == 0 or ended:  # </s> is never read: in the tuning no other token sees it
+            if n == 0:
                 self.move_on(Past(cache.fork(), (), turns))
-            if ended:
-                yield "".join(text for text, _ in waiting) + new + decoder.flush()
-                return
-            new += decoder.feed(i)
+            new += decoder.flush() if ended else decoder.feed(i)
             if decoder.pending:
                 continue
-            waiting.append((new, Past(cache.fork(), (i,), turns)))
+            # </s> is never read: in the tuning no other token sees it
+            waiting.append((new, Past(cache.fork(), () if ended else (i,), turns)))
             held, new = "".join(text for text, _ in waiting), ""
-            safe = self.style.find_stop(held)
+            safe, stopped = find_stop(held, self.style.stops, whole=ended)
             while waiting and len(waiting[0][0]) <= safe:
                 ready, past = waiting.pop(0)
                 safe -= len(ready)
                 self.move_on(past)
                 yield ready
-            if any(stop in held for stop in self.style.stops):
+            if stopped or ended:
                 return
 
     def move_on(self, past: Past):
@@ -307,7 +307,8 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = parser_for(__doc__)
     add = parser.add_argument
     add_model_flags(parser)
-    add("--format", choices=FORMATS, default="plain", help="plain: all texts in a row, nothing between (default)")
+    formats = "plain: all texts in a row, nothing between (default); instruct: a chat; question: on a document"
+    add("--format", choices=FORMATS, default="plain", help=formats)
     add("--read", type=Path, metavar="FILE", help="read a document first")
     add("--load-memory", type=Path, metavar="FILE", help="start from what /save or generate.py --save-memory wrote")
     add("--fork", action="store_true", help="every question starts from what was read first, and sees no other")
@@ -330,10 +331,14 @@ def run(args: argparse.Namespace) -> bool:
     if sys.stdin is None:
         raise ValueError("standard input is closed, and there the questions come from")
     document = args.read and read_text(args.read, "--read")
+    if args.format == "question" and not (document or args.load_memory):
+        raise ValueError("--format question asks about a document: give it by --read FILE or --load-memory FILE")
     terminal = sys.stdin.isatty()
     model, tokenizer = load(args.model, pick_device(args.device), args.dtype, args.memory, **memory_settings(args))
     sampling = given(args, ("max_new_tokens", *SAMPLING_FLAGS))
-    chat = Conversation(model, tokenizer, FORMATS[args.format], args.fork, **sampling)
+    style = FORMATS[args.format]
+    style = replace(style, stops=(*style.stops, *args.stop))
+    chat = Conversation(model, tokenizer, style, args.fork, **sampling)
     chat.begin(document, args.load_memory, show_progress=sys.stderr.isatty())
     if terminal:
         tell(chat.memory(), "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")

@@ -216,6 +216,31 @@ def test_instruct_reads_the_opening_once_and_no_end_of_text(tiny, scripted):
     assert_same_past(chat, tiny, [first, *answers[0], second, *answers[1]], [])
 
 
+def test_a_question_stands_behind_the_document_and_the_document_behind_the_preface(tiny, scripted):
+    style, encode = FORMATS["question"], lambda text: tiny[1].encode(text, bos=False)
+    chat = conversation(scripted, style)
+    first = [1, *encode(style.preface), *encode(BOOK[:100])]
+    second = [*encode("\nQuestion: "), *encode("Who?"), *encode("\nAnswer: ")]
+    for _ in range(2):
+        scripted[0].write(tiny[1], [5], "Ahab.\nQuestion: Who")
+        chat.begin(BOOK[:100])
+        assert ask(chat, "Who?") == ["Ahab."]
+        answer = encode("Ahab.")
+        assert_same_past(chat, tiny, [first, second, *([i] for i in answer[:-1])], answer[-1:])
+
+
+def test_a_longer_stop_string_that_began_before_a_shorter_one_is_waited_for(tiny, scripted):
+    model, tokenizer = scripted
+    for written, printed in (("a b c d e f", "a"), ("a b c x e f", "a b"), ("a b c d", "a b")):
+        chat = conversation(scripted, Format(stops=(" b c d e", " c")))
+        model.write(tokenizer, written, [2])
+        assert ask(chat, "Go") == [printed]
+        model.script = None
+        kept = tokenizer.encode(printed, bos=False)
+        first = [1, *tokenizer.encode("Go", bos=False)]
+        assert_same_past(chat, tiny, [first, *([i] for i in kept[:-1])], kept[-1:])
+
+
 def test_forks_do_not_see_each_other(tiny):
     chat = conversation(tiny, forks=True)
     chat.begin(BOOK[:3000], None)
@@ -330,6 +355,7 @@ def test_as_a_filter_it_prints_answers_alone(tmp_path, monkeypatch, capsys):
     assert out == "71428\n\n71428\n", err
     assert status == 1 and err.count("\n") == 3  # two lines of sizes, and a command that is none
     assert answer(question, "--load-memory", saved) == (0, "71428\n", "")
+    assert answer(question, "--load-memory", saved, "--stop", "no", "28") == (0, "714\n", "")
     of_windows = b"\xef\xbb\xbf/memory\r\n" + question + b"\r\n"
     command = [
         sys.executable,
@@ -355,6 +381,8 @@ def test_as_a_filter_it_prints_answers_alone(tmp_path, monkeypatch, capsys):
         ["--temperature", "-1"],
         ["--max-new-tokens", "0"],
         ["--format", "nosuch"],
+        ["--format", "question"],
+        ["--stop", ""],
         ["--device", "nosuch"],
         ["--keep-local", "256"],
         ["question"],

@@ -9,6 +9,7 @@
 | memory.py | a memory that grows in place |
 | context.py | a local context that grows in place |
 | steps.py | compiled layers, and steps of one token as a CUDA graph |
+| sampling.py | a penalty for ids that were there |
 | saved.py | a memory in a file |
 | files.py | finding and writing files of tensors |
 | folder.py | what a folder is that holds no model; one model in the place of another, as a whole |

@@ -19,6 +19,7 @@ from fast.files import Weights, check_fits, find_weights, read_json
 from fast.folder import check_folder
 from fast.linear import LIMITS, Limits, use_fast_linear
 from fast.memory import FastMemory
+from fast.sampling import RepetitionPenalty
 from fast.steps import Steps, captured, compile_blocks, compile_step, compiled, join
 from longllama import Cache, LongLlama, LongLlamaConfig, merge, require
 
@@ -186,15 +187,23 @@ class FastLlama(LongLlama):
         temperature=1.0,
         top_k=None,
         top_p=None,
+        min_p=None,
+        repetition_penalty=None,
         attention_mask=None,
         **more,
     ) -> Iterator[Tensor]:
+        """As LongLlama's, and repetition_penalty: see `RepetitionPenalty`."""
         require(temperature == 0 or temperature >= 1e-5, f"temperature must be 0, or at least 1e-5, not {temperature}")
         require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
         require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
+        require(min_p is None or 0 <= min_p <= 1, f"min_p must be at least 0 and at most 1, not {min_p}")
         ends = attention_mask is None or attention_mask[..., -1:].all()
         require(ends, "attention_mask has padding at the end of a row: padding stands on the left")
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if repetition_penalty is not None:
+            more["logits_processor"] = RepetitionPenalty(
+                repetition_penalty, attention_mask, more.get("logits_processor")
+            )
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         return super().generate(input_ids, max_new_tokens, attention_mask=attention_mask, **sampling, **more)
 
     @classmethod

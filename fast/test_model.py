@@ -338,6 +338,7 @@ def test_settings_out_of_range_are_refused_by_name():
     model, ids = small_model(), torch.ones(1, 4, dtype=torch.long)
     for setting in (
         {"temperature": -1}, {"temperature": 1e-6}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.7},
+        {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0}, {"repetition_penalty": float("inf")},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(setting))):
             next(model.generate(ids, 1, **setting))
