@@ -4,7 +4,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
@@ -62,12 +62,16 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def read_json_lines(name: str, flag: str) -> Iterator[tuple[str, dict]]:
-    """The objects in a file of JSON lines, or for "-" in standard input, each with what to call it: flag, file and number of the
-    line. Empty lines are skipped. Raises ValueError."""
-    for n, line in enumerate(read_input(name, flag).split("\n"), 1):
+    """The objects in a file of JSON lines, or for "-" in standard input: see `json_objects`."""
+    return json_objects(read_input(name, flag).split("\n"), f"{flag} {name}")
+
+
+def json_objects(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[str, dict]]:
+    """The objects of JSON lines, each with what to call it, the name and its line. Empty lines are skipped. Raises ValueError."""
+    for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{flag} {name}: line {n}"
+        where = f"{name}: line {n}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # if it is nested too deep

@@ -41,7 +41,7 @@ from cli.flags import (
     parser_for,
 )
 from cli.loading import load, overflow_warnings, pick_device
-from cli.texts import read_text
+from cli.texts import read_json_lines
 from evaluation.execution import PASSED, lacking, run_programs
 from fast import FastLlama
 from fast.files import replacing
@@ -107,17 +107,11 @@ def write_samples(args: argparse.Namespace):
 def read_samples(path: Path, problems: Problems) -> list[dict[str, str]]:
     """Raises ValueError, which names the line that is no sample."""
     found = []
-    for i, line in enumerate(read_text(path, "--run").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-            fits = isinstance(sample["completion"], str) and sample["task_id"] in problems
-        except (ValueError, TypeError, KeyError, RecursionError):
-            fits = False
-        if not fits:
+    for where, sample in read_json_lines(str(path), "--run"):
+        task, completion = (sample.get(name) for name in ("task_id", "completion"))
+        if not (isinstance(task, str) and task in problems and isinstance(completion, str)):
             raise ValueError(
-                f'--run {path}: line {i} is not {{"task_id": "HumanEval/0", "completion": "..."}}, of a problem that there is'
+                f'{where} is not {{"task_id": "HumanEval/0", "completion": "..."}}, of a problem that there is'
             )
         found.append({name: sample[name] for name in ("task_id", "completion")})
     if not found:

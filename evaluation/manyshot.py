@@ -40,8 +40,9 @@ from torch.nn.utils.rnn import pad_sequence
 from cli.completions import complete
 from cli.flags import add_model_flags, number, parse_lengths, parser_for, short
 from cli.loading import load, pick_device
+from cli.picture import import_pyplot, save_picture
 from evaluation.questions import DATA, Question, Task, load_task
-from experiments.output import add_output_flags, by_name, check_outputs, import_pyplot, save_picture, save_table
+from experiments.output import add_output_flags, by_name, check_outputs, save_table
 from fast import FastLlama
 from longllama import Cache, require
 from tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from cli.texts import read_text
+from cli.texts import read_json_lines, read_text
 from longllama import require
 
 DATA = Path(__file__).resolve().parent / "data"  # where fetch_wordnet.py puts glosses
@@ -79,19 +79,13 @@ def read_webqs(path: Path) -> Iterator[Question]:
 
 def read_rows(path: Path) -> Iterator[tuple[Question, bool]]:
     """Of each line of a file of JSON lines, the question, and whether its answer is a label."""
-    for n, line in enumerate(read_text(path, "--task").split("\n"), 1):
-        if line.strip():
-            complaint = (
-                f'--task {path}, line {n} is neither {{"text": TEXT, "label": TEXT}} nor '
-                '{"question": TEXT, "answers": [TEXT, ...]}'
-            )
-            try:
-                row = json.loads(line)
-                labelled = "label" in row
-                text, answers = (row["text"], [row["label"]]) if labelled else (row["question"], row["answers"])
-            except (ValueError, RecursionError, KeyError, TypeError):
-                raise ValueError(complaint) from None
-            yield checked(text, answers, complaint), labelled
+    for where, row in read_json_lines(str(path), "--task"):
+        complaint = (
+            f'{where} is neither {{"text": TEXT, "label": TEXT}} nor {{"question": TEXT, "answers": [TEXT, ...]}}'
+        )
+        labelled = "label" in row
+        text, answers = (row.get("text"), [row["label"]]) if labelled else (row.get("question"), row.get("answers"))
+        yield checked(text, answers, complaint), labelled
 
 
 def as_task(train: list[Question], test: list[Question], labelled: bool) -> Task:

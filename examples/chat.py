@@ -40,7 +40,7 @@ from cli.flags import (
 )
 from cli.loading import load, overflow_warnings, pick_device
 from cli.progress import Progress
-from cli.texts import read_text
+from cli.texts import ASSISTANT, OPENING, USER, read_text
 from fast import FastConfig, FastLlama, load_memory, save_memory
 from longllama import Cache
 from tokenizer import StreamDecoder, Tokenizer
@@ -69,10 +69,9 @@ class Format:
 FORMATS = {
     "plain": Format(),
     "instruct": Format(  # the chat that LongLLaMA-Instruct was tuned on
-        "A chat between a user (denoted as USER:) and an artificial intelligence assistant (denoted as ASSISTANT:). "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.\n\n",
-        "\nUSER: ",
-        "\nASSISTANT: ",
+        OPENING,
+        USER,
+        ASSISTANT,
         ("\nUSER:", "\nASSISTANT:", "USER:", "ASSISTANT:"),  # the line break before belongs to the next turn
     ),
     "question": Format(  # on a document, which stands behind the system prompt of LongLLaMA-Instruct's tuning

@@ -5,7 +5,6 @@ and spread over processes, and goes through the very same batches.
 """
 
 import gzip
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.texts import read_text
+from cli.texts import json_objects, read_text
 from tokenizer import Tokenizer
 from training.tasks import GRASS, INTRO, KEY, question_and_answer
 
@@ -63,19 +62,12 @@ class Source:
         return cls(Path(path), float(weight)) if weighted else cls(Path(text))
 
 
-def json_lines(path: Path) -> Iterator[dict]:
-    """The objects of a file of JSON lines, packed or not. Raises ValueError, naming the line, for what is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file of JSON lines, or missing")
+def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """`json_objects` of a file, packed or not, which may be large. Raises OSError or ValueError."""
+    if not path.exists():
+        raise FileNotFoundError(f"--data {path} is missing: python training/fetch_data.py fetches documents")
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} is no JSON object")
-            yield row
+        yield from json_objects(file, f"--data {path}")
 
 
 def is_held_out(name: str) -> bool:
@@ -98,11 +90,9 @@ def texts(source: Source, field: str) -> Iterator[tuple[str, bool]]:
         kept = set(held_out(files))
         yield from ((read_text(file), file in kept) for file in files)
         return
-    if not source.path.exists():
-        raise FileNotFoundError(f"--data {source.path} is missing: python training/fetch_data.py fetches documents")
-    for number, row in enumerate(json_lines(source.path), 1):
+    for where, row in json_lines(source.path):
         if not isinstance(row.get(field), str):
-            raise ValueError(f"{source.path}: row {number} has no text under {field!r}: --text-field names another")
+            raise ValueError(f"{where} has no text under {field!r}: --text-field names another")
         yield row[field], is_held_out(row[field])
 
 

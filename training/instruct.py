@@ -162,11 +162,11 @@ class Rows:
             files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
             require(bool(files), f"{path} has no .jsonl or .jsonl.gz files")
         for file in files:
-            for number, row in enumerate(json_lines(file), 1):
+            for where, row in json_lines(file):
                 try:
                     self.check(row)
                 except ValueError as error:
-                    raise ValueError(f"{file}: row {number} {first_line(error)}") from None
+                    raise ValueError(f"{where} {first_line(error)}") from None
                 rows.append(row)
         return rows
 

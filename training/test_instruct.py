@@ -350,8 +350,8 @@ def test_two_processes_tune_as_one(flags, recipe, data, init, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "changed, flags, named",
     [
-        ([{"question": "Where?"}], [], "row 1 has no conversations, and no text under response"),
-        ([ROW, ROW | {"question": 5}], [], "row 2 has"), ([ROW, 5], [], "line 2 is no JSON object"),
+        ([{"question": "Where?"}], [], "line 1 has no conversations, and no text under response"),
+        ([ROW, ROW | {"question": 5}], [], "line 2 has"), ([ROW, 5], [], "line 2 is no JSON object"),
         ([{"conversations": [{"from": "cat", "value": "x"}]}], [], "a turn of 'cat', who is none of human, user, gpt"),
         ([{"conversations": [{"from": "user", "value": "x"}]}], [], "a conversation without an answer"),
         ([{"conversations": [{"from": "user"}]}], [], "a turn without text under value"),

@@ -863,8 +863,8 @@ def test_rows_of_json_lines_are_documents_and_sources_are_drawn_by_weight(tmp_pa
 @pytest.mark.parametrize(
     "lines, flags, named",
     [
-        ('{"text": "a"}\n{"text"\n', (), "line 2 is no JSON object"),
-        ('{"body": "a"}\n', (), "row 1 has no text under 'text'"),
+        ('{"text": "a"}\n{"text"\n', (), "line 2 is broken JSON"),
+        ('{"body": "a"}\n', (), "line 1 has no text under 'text'"),
         ('{"text": "a"}\n', ("--shortest", "9"), "no document to train on, of at least 9 letters"),
     ],
 )
