@@ -215,6 +215,22 @@ def test_bfloat16_is_as_near_float32_as_that_of_transformers_and_a_norm_is_the_s
     x = torch.randn(50, 64).bfloat16()
     assert torch.equal(model.norm(x), reference.model.norm(x))
 
+def test_hidden_states_by_the_lines_in_the_docs_are_those_of_transformers_and_of_all_windows(kind, tmp_path):
+    lines = re.search(r"```python\n(.*register_forward_hook.*?)```", (HERE / "docs" / "inputs.md").read_text(), re.S)[1]
+    reference, ids = hf_llama(tmp_path), torch.randint(97, (2, 50))
+
+    def run_lines(**settings) -> dict:
+        named = {"torch": torch, "model": kind.from_pretrained(tmp_path, **settings), "ids": ids}
+        exec(lines, named)
+        return named
+
+    named, right = run_lines(), reference(ids, output_hidden_states=True).hidden_states[1:]
+    *states, last = named["states"]
+    for ours, theirs in zip((*states, named["model"].norm(last)), right, strict=True):
+        assert error(ours, theirs) < 1e-4
+    named = run_lines(mem_layers=(1,), max_position_embeddings=16, last_context_length=8)
+    assert lengths(named["cache"]) == (8, 42) and error(named["model"].logits(named["states"][-1]), named["logits"]) < 1e-5
+
 def test_the_loss_is_that_of_transformers(kind, tmp_path):
     reference, ids = hf_llama(tmp_path), torch.randint(97, (2, 50))
     model, labels = kind.from_pretrained(tmp_path), ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
