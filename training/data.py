@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli.texts import json_objects, read_text
+from cli.texts import is_utf8, json_objects, read_text
 from tokenizer import Tokenizer
 from training.tasks import GRASS, INTRO, KEY, question_and_answer
 
@@ -91,7 +91,7 @@ def texts(source: Source, field: str) -> Iterator[tuple[str, bool]]:
         yield from ((read_text(file), file in kept) for file in files)
         return
     for where, row in json_lines(source.path):
-        if not isinstance(row.get(field), str):
+        if not isinstance(row.get(field), str) or not is_utf8(row[field]):
             raise ValueError(f"{where} has no text under {field!r}: --text-field names another")
         yield row[field], is_held_out(row[field])
 
@@ -113,16 +113,26 @@ def read_corpora(
     return tuple(Corpus(found[held], tokenizer) for held in (False, True))
 
 
+def cumulative(weights: list[float]) -> np.ndarray:
+    """For `draw`."""
+    shares = np.cumsum(np.array(weights) / sum(weights))
+    return shares / shares[-1]
+
+
+def draw(rng: np.random.Generator, shares: np.ndarray) -> int:
+    """As rng.choice(len(shares), p=...), whose time goes by their number."""
+    return int(shares.searchsorted(rng.random(), side="right"))
+
+
 class Corpus:
     """Documents as token ids, and the documents that are made of them."""
 
     def __init__(self, sources: list[tuple[list[np.ndarray], float]], tokenizer: Tokenizer):
-        """sources: documents, and how often any of these is drawn; one of them by its length."""
+        """sources: documents, and how often text is of these, relative to others; one of them is drawn by its length."""
+        sources = [source for source in sources if source[0]]
+        self.sources = [(documents, cumulative([len(x) for x in documents])) for documents, _ in sources]
+        self.shares = cumulative([weight for _, weight in sources]) if sources else np.array([])
         self.documents = [document for documents, _ in sources for document in documents]
-        lengths = [np.array([len(x) for x in documents], dtype=np.float64) for documents, _ in sources]
-        total = sum(weight for documents, weight in sources if documents)
-        shares = [n / n.sum() * (weight / total) for n, (_, weight) in zip(lengths, sources) if len(n)]
-        self.weights = np.concatenate(shares) if shares else np.array([])
         self.bos = np.array([tokenizer.bos_id])
         self.tokenizer = tokenizer
         self.intro, self.grass = (np.array(tokenizer.encode(t, bos=False)) for t in (INTRO, GRASS))
@@ -132,17 +142,18 @@ class Corpus:
         return sum(map(len, self.documents))
 
     def digest(self) -> str:
-        """A hash of all documents, as token ids."""
-        hashed = sha256()
+        """A hash of all documents, as token ids, and of how sources are mixed."""
+        hashed = sha256(self.shares[:-1].tobytes())  # nothing where there is one
         for document in self.documents:
             hashed.update(document.tobytes())
         return hashed.hexdigest()
 
     def text(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """n tokens of text from a random place on; where a document ends, `</s>` and another one, from its `<s>` on, follow."""
+        """n tokens of text from a random place on; where a document ends, `</s>` follows, and another one of its source."""
         parts, length = [], 0
+        documents, shares = self.sources[draw(rng, self.shares) if len(self.sources) > 1 else 0]
         while length < n or not parts:
-            document = self.documents[rng.choice(len(self.documents), p=self.weights)]
+            document = documents[draw(rng, shares)]
             parts.append(document if parts else document[rng.integers(max(len(document) - n + 1, 1)) :])
             length += len(parts[-1])
         return np.concatenate(parts)[:n]

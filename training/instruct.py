@@ -9,6 +9,7 @@ name other fields, and write other prompts around each part. A sample is padded 
 the right, so that a random part of it lies in memory, not in the local context, when its answer is to be given.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cli.flags import parser_for
-from cli.texts import ASSISTANT, OPENING, USER
+from cli.texts import ASSISTANT, OPENING, USER, is_utf8
 from fast import FastConfig, FastLlama
 from fast.model import LARGEST, is_count
 from longllama import require
@@ -44,7 +45,8 @@ SAMPLE = 40  # tokens of an answer, and of what it answers
 @dataclass(frozen=True, kw_only=True)
 class InstructPhase(Phase):
     """samples: of a batch. length: tokens of each, padding included. last_context_length: so many of them stay local, the others
-    go through memory; null: the config's. input, output: at most so many tokens of an instruction, and of its answer; null: any.
+    go through memory; null: the config's. input, output: at most so many tokens of an instruction, and of its answer; null: any,
+    if one of the answer is left.
     random_padding: false puts all of it on the right."""
 
     samples: int
@@ -88,8 +90,9 @@ class Fields:
     conversation: str = "conversations"
     speaker: str = "from"
     text: str = "value"
+    system_speaker: tuple[str, ...] = ("system",)
     user: tuple[str, ...] = ("human", "user")
-    model: tuple[str, ...] = ("gpt", "assistant")
+    model: tuple[str, ...] = ("gpt", "chatgpt", "assistant")
 
 
 @dataclass(frozen=True)
@@ -145,12 +148,14 @@ class Rows:
         self.tokenizer = tokenizer
         self.fields, self.prompts = settings(Fields, recipe, "fields"), settings(Prompts, recipe, "prompts")
         self.sources, self.held = [], []  # rows of each source; those held out, of all
+        self.left_out = 0  # conversations without an answer
         for source in sources:
-            rows = self.read(source.path)
-            kept = [row for row in rows if not is_held_out(repr(row))]
-            require(bool(kept), f"{source.path} has no rows to train on")
-            self.sources.append(kept)
-            self.held += [row for row in rows if is_held_out(repr(row))]
+            rows = {False: [], True: []}
+            for row in self.read(source.path):
+                rows[is_held_out(repr(row))].append(row)
+            require(bool(rows[False]), f"{source.path} has no rows to train on")
+            self.sources.append(rows[False])
+            self.held += rows[True]
         weights = np.array([source.weight for source in sources])
         self.shares = weights / weights.sum()
         self.pad = max(tokenizer.sp.pad_id(), 0)
@@ -168,10 +173,17 @@ class Rows:
                 except ValueError as error:
                     raise ValueError(f"{where} {first_line(error)}") from None
                 rows.append(row)
-        return rows
+        answered = [row for row in rows if self.is_answered(row)]
+        self.left_out += len(rows) - len(answered)
+        return answered
+
+    def is_answered(self, row: dict) -> bool:
+        turns = row.get(self.fields.conversation)
+        return turns is None or any(turn[self.fields.speaker] in self.fields.model for turn in turns)
 
     def check(self, row: dict):
         fields = self.fields
+        require(is_utf8(json.dumps(row, ensure_ascii=False)), "has half a character in it, which is no text")
         if fields.conversation not in row:
             names = [fields.question, fields.response, *[fields.system] * (fields.system in row)]
             wrong = [name for name in names if not isinstance(row.get(name), str)]
@@ -181,10 +193,9 @@ class Rows:
         fits = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
         require(fits, f"has no list of turns under {fields.conversation}")
         for turn in turns:
-            who, known = turn.get(fields.speaker), (*fields.user, *fields.model)
+            who, known = turn.get(fields.speaker), (*fields.system_speaker, *fields.user, *fields.model)
             require(who in known, f"has a turn of {brief(who)}, who is none of {', '.join(known)}")
             require(isinstance(turn.get(fields.text), str), f"has a turn without text under {fields.text}")
-        require(any(turn[fields.speaker] in fields.model for turn in turns), "is a conversation without an answer")
 
     def encode(self, row: dict, most_input: int | None = None, most_output: int | None = None) -> Sample:
         """most_input, most_output: tokens of an instruction, and of its answer."""
@@ -204,14 +215,18 @@ class Rows:
         return sample
 
     def conversation(self, row: dict) -> Sample:
-        """`<s>`, the opening, and every turn behind its prefix, each tokenised by itself. `</s>`, which ends an answer, is
-        hidden: in use it is never read."""
+        """`<s>`, the opening, and every turn behind its prefix, each tokenised by itself; a system prompt is put as in an
+        instruction. `</s>`, which ends an answer, is hidden: in use it is never read."""
         encode, sample = lambda text: self.tokenizer.encode(text, bos=False), Sample([], [], [])
         sample.add([self.tokenizer.bos_id, *encode(self.prompts.opening)])
         for turn in row[self.fields.conversation]:
-            answers = turn[self.fields.speaker] in self.fields.model
+            who, text = turn[self.fields.speaker], turn[self.fields.text]
+            if who in self.fields.system_speaker:
+                sample.add(encode(f"{self.prompts.before_system}{text}{self.prompts.after_system}"))
+                continue
+            answers = who in self.fields.model
             sample.add(encode(self.prompts.model if answers else self.prompts.user))
-            sample.add(encode(turn[self.fields.text]), answer=answers)
+            sample.add(encode(text), answer=answers)
             if answers:
                 sample.add([self.tokenizer.eos_id], answer=True, hidden=True)
         return sample
@@ -221,7 +236,7 @@ class Rows:
         shape = len(rows), phase.length
         ids, labels, mask = np.full(shape, self.pad), np.full(shape, IGNORED), np.zeros(shape, np.int64)
         for i, row in enumerate(rows):
-            sample = self.encode(row, phase.input, phase.output)
+            sample = self.encode(row, phase.input or phase.length - 1, phase.output)
             new, answer, hidden = (part[: phase.length] for part in (sample.ids, sample.answer, sample.hidden))
             start = int(rng.integers(phase.length - len(new) + 1)) if phase.random_padding else 0
             at = slice(start, start + len(new))
@@ -236,7 +251,8 @@ class Rows:
 
     def lines(self, recipe: Recipe) -> list[str]:
         counts = " and ".join(f"{len(rows):,} ({share:.0%})" for rows, share in zip(self.sources, self.shares))
-        return [f"{counts} rows, and {len(self.held):,} held out"]
+        left_out = f"; {self.left_out:,} conversations without an answer are left out" if self.left_out else ""
+        return [f"{counts} rows, and {len(self.held):,} held out{left_out}"]
 
     def loss(
         self, model: FastLlama, phase: InstructPhase, step: int, seed: tuple[int, ...]
@@ -263,8 +279,9 @@ class Rows:
         if not self.held:
             return None
         sample = self.encode(self.held[0])
-        prompt = sample.ids[: sample.answer.index(True)]
-        device = model.norm.weight.device
+        prompt, device = sample.ids[: sample.answer.index(True)], model.norm.weight.device
+        if not model.config.mem_layers:
+            prompt = prompt[-max(model.config.max_position_embeddings - SAMPLE, 1) :]
         with torch.autocast(device.type, torch.bfloat16):
             new = [i.item() for i in model.generate(torch.tensor([prompt], device=device), SAMPLE, temperature=0)]
         return self.tokenizer.decode(prompt[-SAMPLE:]), self.tokenizer.decode(new)

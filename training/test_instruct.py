@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.texts import ASSISTANT, OPENING, USER
 from convert import save_pretrained
 from examples.chat import FORMATS, Conversation
 from fast import FastConfig, FastLlama
@@ -146,7 +148,9 @@ def test_padding_lies_on_both_sides_at_random_and_labels_are_answers_alone(one):
 
 def test_a_sample_that_is_too_long_is_cut_to_the_length(one):
     ids, labels, mask = one.batch([ROW], phase(length=12), np.random.default_rng(0))
-    assert ids[0].tolist() == one.encode(ROW).ids[:12] and mask.all()
+    whole = one.encode(ROW)
+    first = whole.ids[whole.answer.index(True)]  # one id of the answer is left
+    assert ids[0].tolist() == [*whole.ids[:11], first] and mask.all() and labels[0].tolist() == [IGNORED] * 11 + [first]
 
 
 def test_sources_are_mixed_by_their_shares(recipe, tmp_path):
@@ -156,12 +160,22 @@ def test_sources_are_mixed_by_their_shares(recipe, tmp_path):
         write(folder / name, [ROW | {"question": f"{name} {i}?"} for i in range(40)])
     both = rows(recipe, Source(folder, 3.0), Source(write(tmp_path / "talk.jsonl", [TALK] * 5), 1.0))
     assert both.shares.tolist() == [0.75, 0.25] and len(both.sources[0]) + len(both.held) == 80
-    drawn, p = Counter(), phase(samples=8)
+    drawn, net, p = Counter(), model(hidden_size=8, intermediate_size=8, mem_layers=()), phase(samples=8, length=32)
+    net.embed_tokens.register_forward_hook(lambda module, args, x: drawn.update(args[0][:, 1].tolist()))
     for step in range(60):
-        rng = np.random.default_rng((0, step, 0))
-        drawn.update(rng.choice(2, p.samples, p=both.shares).tolist())
-    assert abs(drawn[0] / drawn.total() - 0.75) < 0.06
+        both.loss(net, replace(p, random_padding=False), step, (0, step, 0))
+    talks = drawn[both.encode(TALK).ids[1]]  # the first id tells which it is
+    assert drawn.total() == 480 and abs(talks / 480 - 0.25) < 0.06
     assert 0 < len(both.held) < 20 and not any(row in both.sources[0] for row in both.held)
+
+
+def test_a_system_prompt_comes_first_and_conversations_without_an_answer_are_left_out(recipe, tmp_path):
+    told = {"conversations": [{"from": "system", "value": "Be brief."}, *TALK["conversations"][:2]]}
+    some = [told, {"conversations": TALK["conversations"][:1]}, {"conversations": []}]
+    made, tokenizer = rows(recipe, Source(write(tmp_path / "a.jsonl", some))), Tokenizer(TOKENIZER)
+    parts = [OPENING, "Be brief.\n", USER, "Who is there?", ASSISTANT, "The captain."]
+    assert made.encode(told).ids == [1, *(i for part in parts for i in tokenizer.encode(part, bos=False)), 2]
+    assert made.sources == [[told]] and made.lines(None)[0].endswith("2 conversations without an answer are left out")
 
 
 # ---------------------------------------------------------------------------------------------------- What the loss is
@@ -337,7 +351,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(flags, recipe, data
         assert "made with another --lora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora", "2")], ids=["all", "lora"])
+@pytest.mark.parametrize("flags", [(), ("--lora", "2", "--checkpoint-layers")], ids=["all", "lora"])
 def test_two_processes_tune_as_one(flags, recipe, data, init, tmp_path, monkeypatch):
     write(recipe, json.loads(recipe.read_text()) | {"phases": [PHASE | {"learning_rate": 1e-3}]})
     done = tune(recipe, data, init, tmp_path / "two", *flags, processes=2)
@@ -345,6 +359,11 @@ def test_two_processes_tune_as_one(flags, recipe, data, init, tmp_path, monkeypa
     one = run(recipe, data, init, tmp_path / "one", *flags, monkeypatch=monkeypatch)
     two = [json.loads(line) for line in (tmp_path / "two" / "losses.jsonl").read_text().splitlines()]
     assert np.allclose([x["loss"] for x in one], [x["loss"] for x in two], atol=2e-3)
+    models = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    before = load_file(init / "model.safetensors")
+    for name, x in models[0].items():  # a step moves a weight by the learning rate, whichever way its gradient points
+        moved, apart = ((x.float() - y.float()).abs().mean() for y in (before[name], models[1][name]))
+        assert apart <= 0.3 * moved, name
 
 
 @pytest.mark.parametrize(
@@ -352,8 +371,10 @@ def test_two_processes_tune_as_one(flags, recipe, data, init, tmp_path, monkeypa
     [
         ([{"question": "Where?"}], [], "line 1 has no conversations, and no text under response"),
         ([ROW, ROW | {"question": 5}], [], "line 2 has"), ([ROW, 5], [], "line 2 is no JSON object"),
-        ([{"conversations": [{"from": "cat", "value": "x"}]}], [], "a turn of 'cat', who is none of human, user, gpt"),
-        ([{"conversations": [{"from": "user", "value": "x"}]}], [], "a conversation without an answer"),
+        ([{"conversations": [{"from": "cat", "value": "x"}]}], [], "a turn of 'cat', who is none of system, human, user, gpt"),
+        ([{"conversations": [{"from": "user", "value": "x"}]}], [], "no rows to train on"),
+        ([ROW | {"question": "\ud83d"}], [], "line 1 has half a character"),
+        ({}, ["--lora-products", "o_proj"], "--lora RANK"),
         ([{"conversations": [{"from": "user"}]}], [], "a turn without text under value"),
         ([{"conversations": 5}], [], "no list of turns"), ([], [], "no rows to train on"),
         ({"phases": [PHASE | {"length": 0}]}, [], "length"), ({"phases": [PHASE | {"input": 96}]}, [], "input 96"),

@@ -856,7 +856,13 @@ def test_rows_of_json_lines_are_documents_and_sources_are_drawn_by_weight(tmp_pa
     assert not is_held_out(LONG_TEXT[:40_000])
     both = [Source.parse(f"{tmp_path / name}={weight}") for name, weight in (("a.jsonl", 3), ("c.jsonl", 0.5))]
     corpus, _ = read_corpora(both, tokenizer, "body")
-    assert corpus.weights.sum() == pytest.approx(1) and corpus.weights[-1] == pytest.approx(0.5 / 3.5)
+    rng, few = np.random.default_rng(0), 0
+    long = corpus.documents[-1].tolist()
+    for _ in range(400):  # 500 tokens are one of the long text's, or several of the short ones
+        few += 2 in corpus.text(rng, 500)[:-1]
+    assert abs(few / 400 - 3 / 3.5) < 0.06 and len(long) > 5000
+    other, _ = read_corpora([Source(source.path) for source in both], tokenizer, "body")
+    assert corpus.digest() != other.digest()
     assert Source.parse("x=y.jsonl") == Source(Path("x=y.jsonl")) and Source.parse("x=0") == Source(Path("x=0"))
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import timedelta
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +56,7 @@ from training.recompute import recompute_layers
 from training.stopping import Stop
 
 CLIP = 1.0  # largest norm of the gradient
-REPORT, CHECKPOINT = 20, 100  # steps between progress lines, and between checkpoints
+REPORT = 20  # steps between progress lines
 MEANS = 200  # points of a curve, at most
 TRAINED, EXPORTED = 12, 2  # bytes of a weight: with AdamW's two averages, all in float32; and in bfloat16
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -75,6 +76,11 @@ def memory_of(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
+def checksum(x: torch.Tensor) -> int:
+    """Of the bits of a tensor: the same in any order of summing."""
+    return x.contiguous().view(torch.int16).sum().item()
+
+
 def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -85,12 +91,14 @@ class Trainer:
         and tokenizer."""
         self.args, self.stop, self.recipe = args, stop, recipe
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(args.device) if self.world > 1 else pick_device(args.device)
+        self.device = pick_device(args.device)
         if self.world > 1:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            patience = timedelta(hours=2)  # of the others, while one of them writes a large checkpoint
+            dist.init_process_group(backend, timeout=patience)
         for phase in self.recipe.phases:
             if phase.groups % self.world:
                 raise ValueError(f"groups {phase.groups} must be a multiple of the {self.world} processes")
@@ -107,8 +115,8 @@ class Trainer:
         }
         model = self.start(config, fresh=state is None)
         if args.lora:
-            self.made_with["--lora"] = f"{args.lora} {' '.join(args.lora_products)}"
-            self.made_with["--init"] = digest({name: x.float().sum().item() for name, x in model.hf_tensors().items()})
+            self.made_with["--lora"] = f"{args.lora} {' '.join(args.lora_products or PRODUCTS[:2])}"
+            self.made_with["--init"] = digest({name: checksum(x) for name, x in model.hf_tensors().items()})
         if state:
             self.check_made_with(state)
         self.model = self.prepared(model)
@@ -129,6 +137,7 @@ class Trainer:
         if (args.output / "config.json").exists() and not args.resume:
             raise FileExistsError(f"{args.output} has a model in it, which is not replaced: name another --output")
         require(not args.lora or args.init is not None, "--lora adds to weights that are there: name them with --init")
+        require(args.lora or not args.lora_products, "--lora-products says where --lora RANK adds to: give it, too")
         if args.init:
             check_folder(args.init)
 
@@ -164,7 +173,7 @@ class Trainer:
         told = f"training takes {needs / 1e9:,.0f} GB at the least, and {self.device} has {has / 1e9:,.0f}"
         require(needs <= has, f"{args.recipe}: {told}: make the model, or what a batch holds, smaller")
         if self.rank == 0:
-            kept = EXPORTED if args.lora else TRAINED + EXPORTED
+            kept = EXPORTED if args.lora else 2 * TRAINED + EXPORTED  # a new checkpoint stands beside the one before
             check_new_folder("--output", args.output, kept * weights)
 
     def check_made_with(self, state: dict):
@@ -181,7 +190,8 @@ class Trainer:
         torch.manual_seed(self.recipe.seed)
         if not self.args.init or not (fresh or self.args.lora):
             return FastLlama(config)
-        model = FastLlama.from_pretrained(self.args.init, **asdict(config)).train()
+        dtype = torch.bfloat16 if self.args.lora else torch.float32
+        model = FastLlama.from_pretrained(self.args.init, dtype=dtype, **asdict(config)).train()
         for text in unlike_its_config(self.args.init, model.config):
             warn(text)
         for name, weight in model.hf_tensors().items():
@@ -191,15 +201,15 @@ class Trainer:
     def prepared(self, model: FastLlama) -> FastLlama:
         """On its device, with what flags ask for, and spread over processes."""
         if self.args.lora:
-            add_lora(model, self.args.lora, self.args.lora_products)
+            add_lora(model, self.args.lora, self.args.lora_products or PRODUCTS[:2])
         if self.args.checkpoint_layers:
             recompute_layers(model)
-        model = model.to(self.device)
-        if self.world > 1:
-            for layer in model.layers:
-                fully_shard(layer)
-            fully_shard(model)
-            register_fsdp_forward_method(model, "forward_cross_batch")
+        if self.world == 1:
+            return model.to(self.device)
+        for layer in model.layers:  # each moves to the device by itself
+            fully_shard(layer)
+        fully_shard(model)
+        register_fsdp_forward_method(model, "forward_cross_batch")
         return model
 
     def train_step(self) -> tuple[list[float], bool]:
@@ -243,12 +253,12 @@ class Trainer:
             self.losses.append({"step": self.step} | dict(zip(self.data.names, numbers)))
             since.append(numbers)
             if self.step % REPORT == 0 and self.rank == 0:
-                self.tell_step(np.mean(since, axis=0), tokens, time.monotonic() - started)
+                self.tell_step(since, tokens, time.monotonic() - started)
                 since = []
             stopped = stopped and self.step < last
             if self.step % self.args.validate == 0 or self.step == self.recipe.steps:
                 self.validate(phase)
-            if self.step % CHECKPOINT == 0 or self.step == last or stopped:
+            if self.step % self.args.save_every == 0 or self.step == last or stopped:
                 self.save_checkpoint()
             if stopped:
                 self.leave()
@@ -272,12 +282,13 @@ class Trainer:
         if self.step:
             self.say(f"resumed at step {self.step}")
 
-    def tell_step(self, means: np.ndarray, tokens: int, seconds: float):
-        """means: of the numbers of all steps since the last line."""
+    def tell_step(self, since: list[list[float]], tokens: int, seconds: float):
+        """since: the numbers of all steps since the last line, whose means are told; 0 is what there was none of."""
         left = self.recipe.tokens_after(self.step) * seconds / tokens / 60
         phase, _ = self.recipe.at(self.step - 1)
-        shown = [(name, x) for name, x in zip(self.data.names, means) if name == "loss" or phase.asks]
-        numbers = "".join(f"  {name.replace('_', ' ')} {x:.4f}" for name, x in shown)
+        shown = [(name, [x for x in column if x]) for name, column in zip(self.data.names, zip(*since))]
+        shown = [(name, column) for name, column in shown if name == "loss" or (phase.asks and column)]
+        numbers = "".join(f"  {name.replace('_', ' ')} {np.mean(column):.4f}" for name, column in shown)
         speed = f"{tokens / seconds:,.0f} tokens/s  {left:.0f} min left"
         self.say(f"step {self.step}/{self.recipe.steps}{numbers}  {speed}")
 
@@ -362,15 +373,14 @@ class Trainer:
         pyplot = import_pyplot()
         figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
         for name in self.data.names:
-            points = np.array([(x["step"], x[name]) for x in self.losses if x[name]]).reshape(
-                -1, 2
-            )  # 0: there were none
-            parts = np.array_split(points, max(min(len(points), MEANS), 1))
-            if len(points):
+            points = [(x["step"], x[name]) for x in self.losses if x[name]]  # 0: there were none
+            if points:
+                parts = np.array_split(points, min(len(points), MEANS))
                 axis.plot(*np.array([part.mean(axis=0) for part in parts]).T, label=name.replace("_", " "))
         checked = [x for x in self.losses if "held_out" in x]
-        for how in checked[-1]["held_out"] if checked else ():
-            axis.plot(*zip(*((x["step"], x["held_out"][how]) for x in checked)), marker="o", label=f"held out, {how}")
+        for how in dict.fromkeys(how for x in checked for how in x["held_out"]):
+            found = [(x["step"], x["held_out"][how]) for x in checked if how in x["held_out"]]
+            axis.plot(*zip(*found), marker="o", label=f"held out, {how}")
         axis.set(xlabel="step", title="loss")
         axis.legend()
         save_picture(figure, self.args.output / "curve.png")
@@ -395,16 +405,16 @@ def add_training_flags(parser: argparse.ArgumentParser, recipe: Path, output: Pa
         metavar="STEP",
         help="stop at this step: with a checkpoint, and the model so far",
     )
+    add("--save-every", type=number(int, 1), default=100, metavar="N", help="a checkpoint every N steps (default 100)")
     add("--validate", type=number(int, 1), default=500, metavar="N", help="every N steps (default 500), and at the end")
     add("--checkpoint-layers", action="store_true", help="keep less for the backward pass, and compute it again there")
-    add("--lora", type=number(int, 1), metavar="RANK", help="train LoRA's small matrices instead of the weights")
     add(
-        "--lora-products",
-        nargs="+",
-        choices=PRODUCTS,
-        default=["qkv_proj", "o_proj"],
-        help="what they are added to (default: qkv_proj o_proj)",
+        "--lora",
+        type=number(int, 1),
+        metavar="RANK",
+        help="train LoRA's small matrices, and not the weights; they take a larger learning_rate in the recipe",
     )
+    add("--lora-products", nargs="+", choices=PRODUCTS, help="what they are added to (default: qkv_proj o_proj)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
 
 
