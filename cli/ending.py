@@ -33,6 +33,9 @@ if is_program():
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+LESS_MEMORY = "a shorter text, or a smaller --dtype or --mem-dtype"
+
+
 class UserError(Exception):
     """One line for the user."""
 
@@ -77,7 +80,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(less: str = LESS_MEMORY) -> Iterator[None]:
     """OSError and ValueError, which say what does not fit, too little memory, and no compiler, become a `UserError`."""
     try:
         yield
@@ -87,7 +90,7 @@ def user_errors() -> Iterator[None]:
         raise UserError(first_line(error)) from None
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            raise UserError("out of memory: try a shorter text, or a smaller --dtype or --mem-dtype") from None
+            raise UserError(f"out of memory: try {less}") from None
         if type(error).__module__.startswith("torch._inductor"):  # torch's compiler: most often another one is missing
             raise UserError(
                 f"--compile fails here: {first_line(error)}; install a C++ compiler, or leave it out"
@@ -96,8 +99,9 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def ending_well(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Around a program: it ends with one line and status 2 for a `UserError`, and quietly where its user stops it."""
+def ending_well(parser: argparse.ArgumentParser, less: str = LESS_MEMORY) -> Iterator[None]:
+    """Around a program: it ends with one line and status 2 for a `UserError`, and quietly where its user stops it. less: what
+    takes less memory."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -106,7 +110,7 @@ def ending_well(parser: argparse.ArgumentParser) -> Iterator[None]:
     try:
         if before == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        with user_errors():
+        with user_errors(less):
             yield
             sys.stdout.flush()  # what waits in there has a reader, or not
     except UserError as error:

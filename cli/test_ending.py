@@ -85,6 +85,11 @@ def test_the_first_line_of_an_error_names_the_file():
     assert not out_of_memory(RuntimeError("a bug")) and out_of_memory(RuntimeError("out of memory"))
 
 
+def test_what_takes_less_memory_is_what_a_program_says():
+    with pytest.raises(UserError, match="^out of memory: try fewer rows$"), user_errors("fewer rows"):
+        raise MemoryError
+
+
 RAW = "a\x1b[2J\x1b]52;c;aGk=\x07b\x9bc\x7f\u202eok\u2066"  # clears a screen, fills a clipboard, turns letters around
 
 

@@ -1,7 +1,7 @@
 """Instruction and chat tuning through memory, as LongLLaMA-Instruct was made: rows of JSON lines, and loss on answers alone.
 
     python training/instruct.py --init DIR --data orca.jsonl=0.99 share_gpt.jsonl=0.01   # shares of two sources
-    python training/instruct.py --init DIR --data orca.jsonl --lora 16 --checkpoint-layers
+    python training/instruct.py --init DIR --data orca.jsonl --checkpoint-layers         # in less memory
 
 A row is an instruction, {"system_prompt": ..., "question": ..., "response": ...}, or a conversation,
 {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. A recipe (training/instruct.json) may
@@ -35,7 +35,7 @@ from training.data import Source, is_held_out, json_lines
 from training.recipe import Phase, Recipe
 from training.recompute import RecomputedBlock, recomputed_cache
 from training.stopping import Stop
-from training.trainer import Trainer, add_training_flags, tokenizer_of
+from training.trainer import LESS, Trainer, add_training_flags, tokenizer_of
 
 IGNORED = -100  # the label of what has no loss
 CHECKED = 4  # batches of held-out rows
@@ -310,7 +310,7 @@ def main():
     )
     args = parser.parse_args()
     args.tokenizer = tokenizer_of(args)
-    with ending_well(parser), Stop() as stop:
+    with ending_well(parser, LESS), Stop() as stop:
         recipe = Recipe(args.recipe, InstructPhase, more=("fields", "prompts"))
         try:
             Trainer(args, stop, recipe, lambda tokenizer: Rows(args.data, tokenizer, recipe), {}).run()

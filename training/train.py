@@ -29,7 +29,7 @@ from tokenizer import Tokenizer
 from training.data import DATA, Source, read_corpora
 from training.recipe import PackedPhase, Recipe
 from training.stopping import Stop
-from training.trainer import Trainer, add_training_flags, tokenizer_of
+from training.trainer import LESS, Trainer, add_training_flags, tokenizer_of
 
 CHECKED = 4  # batches of held-out documents
 SAMPLE = 40  # tokens that a sample continues
@@ -137,7 +137,7 @@ def main():
     )
     args = parser.parse_args()
     args.tokenizer = tokenizer_of(args)
-    with ending_well(parser), Stop() as stop:
+    with ending_well(parser, LESS), Stop() as stop:
         recipe = Recipe(args.recipe)
 
         def read_data(tokenizer: Tokenizer) -> PackedDocuments:

@@ -59,6 +59,7 @@ CLIP = 1.0  # largest norm of the gradient
 REPORT = 20  # steps between progress lines
 MEANS = 200  # points of a curve, at most
 TRAINED, EXPORTED = 12, 2  # bytes of a weight: with AdamW's two averages, all in float32; and in bfloat16
+LESS = "--checkpoint-layers, --lora, or a recipe whose batches are smaller"  # where memory is too small
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
