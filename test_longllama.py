@@ -216,7 +216,7 @@ def test_bfloat16_is_as_near_float32_as_that_of_transformers_and_a_norm_is_the_s
     assert torch.equal(model.norm(x), reference.model.norm(x))
 
 def test_hidden_states_by_the_lines_in_the_docs_are_those_of_transformers_and_of_all_windows(kind, tmp_path):
-    lines = re.search(r"```python\n(.*register_forward_hook.*?)```", (HERE / "docs" / "inputs.md").read_text(), re.S)[1]
+    lines = re.search(r"```python\n(.*?register_forward_hook.*?)```", (HERE / "docs" / "inputs.md").read_text(), re.S)[1]
     reference, ids = hf_llama(tmp_path), torch.randint(97, (2, 50))
 
     def run_lines(**settings) -> dict:
