@@ -1,7 +1,7 @@
 """Peak memory of a training step, with gradient checkpointing and with LoRA: on a CPU, each in a process of its own.
 
     python benchmarks/training_memory.py
-    python benchmarks/training_memory.py > table.md      # progress there is none: a row comes when it is measured
+    python benchmarks/training_memory.py > table.md      # keeps the table
 
 A model of 0.2 billion random weights takes two steps of FoT's training on 4 entries of 512 tokens, and two on 4 samples of 512
 tokens of which half go through memory. What is told is what the process took at the most beyond what importing takes.
