@@ -541,6 +541,13 @@ def test_trained_models_find_a_record_among_hundreds(kind):
     assert dictionary.ask(model, 4096, 1) > 0.95
 
 
+def test_the_plain_model_knows_the_task_and_is_lost_in_a_larger_dictionary():
+    path = dictionary.home(dictionary.MODELS, 0, "plain")
+    model = FastLlama.from_pretrained(path, max_position_embeddings=4096 + WINDOW)
+    assert not model.config.mem_layers
+    assert dictionary.ask(model, 256, 1) > 0.95 and dictionary.ask(model, 4096, 1) < 0.05
+
+
 def test_models_that_are_there_are_asked_and_the_table_and_picture_show_them(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     models, files = tmp_path / "models", [tmp_path / "table.md", tmp_path / "picture.svg"]
