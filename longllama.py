@@ -17,8 +17,7 @@ Five ideas:
 
 Axes: B batch, T new tokens, S tokens in a set of keys, n some of them, H query heads, G key-value heads (H, or fewer),
 R = T * H / G, D head dim, C hidden size, V vocabulary. `real` (B, 1, S, 1) is False at padding; None: no padding.
-`FastLlama`, in fast/: faster kernels, more kinds of memory.
-"""
+`FastLlama`, in fast/: faster kernels, more kinds of memory."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -365,7 +364,7 @@ def cross_batch_extra(B: int, cross_batch_range: int, packing: int) -> list[int]
     negatives (the paper's d: 1 positive, d - 1 negatives). Later chunks see more, so one batch trains short and long ranges:
     (8, 6, 4) gives [0, 1, 2, 3, 0, 3, 6, 6], as (positives, negatives) (0,0) (1,0) (2,0) (3,0), before which nothing stands,
     (0,0) (1,2) (2,4) (3,3)."""
-    step = cross_batch_range // max(packing - 1, 1) + 1
+    step = cross_batch_range // max(packing - 1, 1) + 1  # (range + 1) / (packing - 1), rounded up
     return [min(b % packing * step, cross_batch_range, b) for b in range(B)]
 
 
@@ -399,15 +398,15 @@ class Block(nn.Module):
 
 
 def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, min_p=None, rng=None) -> Tensor:
-    """One id for each row of logits (B, V), float32 -> (B,)."""
+    """One id for each row of logits (B, V), float32 -> (B,). temperature 0: the likeliest."""
     require(bool(logits.amax(dim=-1).isfinite().all()), "logits are no finite numbers")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = (logits / temperature).sort(dim=-1, descending=True)
-    probs = logits[:, :top_k].softmax(dim=-1)
+    probs = logits[:, :top_k].softmax(dim=-1)  # the likeliest first
     if top_p is not None:  # an id stays if those likelier sum to less than top_p
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
-    if min_p is not None:
+    if min_p is not None:  # or is at least min_p times as likely as the likeliest
         probs = probs.masked_fill(probs < min_p * probs[:, :1], 0)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=rng)).squeeze(-1)
 
@@ -514,26 +513,24 @@ class LongLlama(nn.Module):
     @torch.no_grad()
     def generate(
         self, input_ids: Tensor, max_new_tokens: int, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=None,
-        eos_token_id=-1, cache=None, attention_mask=None, last_context_length=None, logits_processor=None,
+        eos_token_id=-1, cache=None, attention_mask=None, last_context_length=None, logits_processor=lambda ids, x: x,
     ) -> Iterator[Tensor]:
         """Continues input_ids (B, T): yields ids (B,) until all rows had an eos_token_id (-1: the config's; None: never), and
-        got pad_token_id since. temperature 0: the likeliest; top_k, top_p, min_p: draws from the k likeliest, those that sum to
-        p, those at least min_p times as likely as the likeliest. logits_processor: (ids so far (B, n), logits (B, V)) -> logits,
-        before temperature. The cache lacks only the ids yielded last: to go on, begin with them."""
+        got pad_token_id since; by `sample`, from logits_processor(ids so far (B, n), logits (B, V)). The cache lacks only the ids
+        yielded last: to go on, begin with them."""
         eos = self.config.eos_token_id if eos_token_id == -1 else [] if eos_token_id is None else eos_token_id
-        new, device = input_ids, input_ids.device
-        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-        ended, eos = input_ids.new_zeros(len(input_ids), dtype=torch.bool), torch.tensor(eos, device=device)
-        for _ in range(max_new_tokens):
+        rng = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        ended, eos = input_ids.new_zeros(len(input_ids), dtype=torch.bool), torch.tensor(eos, device=input_ids.device)
+        for n in range(max_new_tokens):
+            new = input_ids[:, -1:] if n else input_ids  # the cache has the others
             logits, cache = self(new, cache, attention_mask, last_context_length, logits_to_keep=1)
-            logits = logits[:, -1].float()
-            logits = logits if logits_processor is None else logits_processor(input_ids, logits)
+            logits = logits_processor(input_ids, logits[:, -1].float())  # (B, V)
             ids = sample(logits, temperature, top_k, top_p, min_p, rng).masked_fill(ended, self.config.pad_token_id)
             yield ids
             ended |= torch.isin(ids, eos)
             if ended.all():
                 return
-            new, input_ids, attention_mask = ids[:, None], torch.cat((input_ids, ids[:, None]), dim=1), None
+            input_ids, attention_mask = torch.cat((input_ids, ids[:, None]), dim=1), None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device="cpu", dtype=torch.float32, **overrides):

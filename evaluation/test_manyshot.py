@@ -19,6 +19,7 @@ from evaluation import manyshot
 from evaluation.fetch_wordnet import glosses
 from evaluation.manyshot import WRITTEN, Exam, Result, as_asked, fit, normalised, table
 from evaluation.questions import Question, Task, load_task
+from experiments.test_experiments import one_thread  # noqa: F401  as there
 from fast import FastConfig, FastLlama
 from tokenizer import Tokenizer
 
@@ -39,15 +40,6 @@ LABELLED = Task(
     LABELS,
 )
 ANSWERED = Task(LABELLED.train, LABELLED.test, [])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models' tensors are too small to be shared between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -541,6 +541,15 @@ def test_trained_models_find_a_record_among_hundreds(kind):
     assert dictionary.ask(model, 4096, 1) > 0.95
 
 
+def test_a_plain_model_takes_over_what_was_learned_with_a_memory():
+    """Which has no weights: where all is local both compute the same."""
+    models, ids = [dictionary.new_model(plain) for plain in (False, True)], torch.arange(40)[None]
+    models[1].load_state_dict(models[0].state_dict())
+    with torch.no_grad():
+        (x, _), (y, _) = (model(ids, last_context_length=40) for model in models)
+    assert torch.equal(x, y)
+
+
 def test_the_plain_model_knows_the_task_and_is_lost_in_a_larger_dictionary():
     path = dictionary.home(dictionary.MODELS, 0, "plain")
     model = FastLlama.from_pretrained(path, max_position_embeddings=4096 + WINDOW)

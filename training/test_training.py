@@ -820,7 +820,7 @@ def test_a_run_tells_what_it_trains_on_and_how_it_goes(recipe, folder, tmp_path)
     assert lines[2] == "phase 1: 20 steps of 2 x 2 documents x 4 entries of 64 tokens; the entries of a document see"
     assert lines[3:6] == [
         "  (positives, negatives) (0,0) (1,0) (2,0) (3,0)",
-        lines[4],
+        "phase 2: 20 steps of 2 x 2 documents x 4 entries of 64 tokens; the entries of a document see",
         "  (positives, negatives) (0,0) (1,1) (2,1) (3,0)",
     ]
     assert lines[6] == "  (positives, negatives) (0,0) (1,2) (2,4) (3,4)"

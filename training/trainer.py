@@ -413,7 +413,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipe: Path, output: Pa
         "--lora",
         type=number(int, 1),
         metavar="RANK",
-        help="train LoRA's small matrices, and not the weights; they take a larger learning_rate in the recipe",
+        help="train LoRA's small matrices, and not the weights, for which the recipes' learning rates are",
     )
     add("--lora-products", nargs="+", choices=PRODUCTS, help="what they are added to (default: qkv_proj o_proj)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
