@@ -97,7 +97,7 @@ def continue_prompt(args: argparse.Namespace, prompt: str, model: FastLlama, tok
         check_kept(cache)
         check_new_file("--save-memory", args.save_memory, memory_nbytes(cache, model, T))
     if not args.quiet:
-        for warning in warnings(prompt, T, args.max_new_tokens, model, cache):
+        for warning in warnings(prompt, ids, args.max_new_tokens, model, tokenizer, cache):
             warn(warning)
     progress = Progress(model, T, shown=not args.quiet and sys.stderr.isatty())
     times = [time.perf_counter()]

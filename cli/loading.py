@@ -5,7 +5,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def load(
     """The model and the tokenizer in a folder. memory: FILE.py:CLASS. overrides: of the config; None is none. Raises OSError
     or ValueError."""
     check_folder(folder)
-    tokenizer = read_tokenizer(folder / "tokenizer.model")
+    tokenizer = read_tokenizer(tokenizer_in(folder))
     dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     config = with_special_ids(FastConfig.from_json(folder / "config.json"), tokenizer, folder)
@@ -57,21 +56,29 @@ def load(
 
 TOKENIZERS = {  # what may lie under the name of a tokenizer.model, by its first bytes
     rb"\Z": "empty: get it from where the model is from",
-    rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n": "a tokenizer of tiktoken's, as Llama 3 has it; it has to be a SentencePiece model",
-    rb"\s*[{\[]": "JSON, perhaps a tokenizer.json; it has to be a SentencePiece model",
+    rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n": "a tokenizer of tiktoken's, as Llama 3 has it: its tokenizer.json is what is read here",
+    rb"\s*[{\[]": "JSON: if it is a tokenizer.json, give it this name",
 }  # fmt: skip
+
+
+def tokenizer_in(folder: Path) -> Path:
+    """The file of a model's tokenizer. tokenizer.model, which the released models have, comes before tokenizer.json."""
+    fast = folder / "tokenizer.json"
+    return fast if fast.is_file() and not (folder / "tokenizer.model").exists() else folder / "tokenizer.model"
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a model's folder. Raises OSError or ValueError."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the tokenizer.model in it")
+        raise ValueError(f"{path} is a folder: name the tokenizer.model or tokenizer.json in it")
     if not path.is_file():
-        other = " (its tokenizer.json is another kind of file)" if (path.parent / "tokenizer.json").is_file() else ""
-        raise FileNotFoundError(f"{path.parent} has no {path.name}{other}: get it from where the model is from")
+        name = f"{path.name} and no tokenizer.json" if path.suffix == ".model" else path.name
+        raise FileNotFoundError(f"{path.parent} has no {name}: get it from where the model is from")
     with path.open("rb") as file:
         start = file.read(4096)
     found = [kind for form, kind in TOKENIZERS.items() if re.match(form, start)]
+    if path.suffix == ".json" and start[:1] in (b"{", b"["):
+        found = []
     if kind := instead(path, found[0] if found else ""):
         raise ValueError(f"{path} is {kind}")
     return Tokenizer(path)
@@ -125,32 +132,22 @@ def with_special_ids(config: FastConfig, tokenizer: Tokenizer, folder: Path) -> 
     said = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
     ends = tuple(i for i in said if tokenizer.ends_text(i))
     if ends != said:
-        added = added_ids(folder) - {tokenizer.bos_id}
-        ends = tuple(i for i in said if tokenizer.ends_text(i) or i in added)
-    if ends != said:
         ends = ends or (tokenizer.eos_id,)
         listed = [", ".join(map(str, ids)) for ids in (said, ends)]
-        warn(f"{folder}: eos_token_id {listed[0]} ends no text of tokenizer.model: it ends at {listed[1]} instead")
-    return replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=ends if len(ends) > 1 else ends[0])
+        told = f"eos_token_id {listed[0]} ends no text of {tokenizer.path.name}: it ends at {listed[1]} instead"
+        warn(f"{folder}: {told}")
+    bos = config.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return replace(config, bos_token_id=bos, eos_token_id=ends if len(ends) > 1 else ends[0])
 
 
-def added_ids(folder: Path) -> set[int]:
-    """Special tokens that Hugging Face's files add to a tokenizer: what ends a turn of a chat, say."""
-    raw = {"added_tokens.json": {}, "tokenizer_config.json": {}}
-    for name in raw:
-        with suppress(OSError, ValueError):  # where one is broken, nothing is known of it
-            raw[name] = read_json(folder / name)
-    decoder = raw["tokenizer_config.json"].get("added_tokens_decoder")
-    listed = decoder.items() if isinstance(decoder, dict) else ()
-    special = [i for i, token in listed if isinstance(token, dict) and token.get("special")]
-    return {int(i) for i in (*special, *raw["added_tokens.json"].values()) if str(i).isdecimal()}
-
-
-def warnings(prompt: str, T: int, new: int, model: FastLlama, cache: Cache) -> Iterator[str]:
-    """What may surprise about a prompt of T tokens that is read after what the cache holds, and `new` tokens after it."""
-    if prompt.lstrip().startswith("<s>"):
-        yield "the prompt begins with the text <s>; the bos token is added without it, so leave it out"
-    yield from overflow_warnings(T, new, model, cache)
+def warnings(
+    prompt: str, ids: list[int], new: int, model: FastLlama, tokenizer: Tokenizer, cache: Cache
+) -> Iterator[str]:
+    """What may surprise about a prompt of these ids that is read after what the cache holds, and `new` tokens after it."""
+    start = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
+    if start and prompt.lstrip().startswith(start):
+        yield f"the prompt begins with the text {start}; the bos token is added without it, so leave it out"
+    yield from overflow_warnings(len(ids), new, model, cache)
 
 
 def overflow_warnings(T: int, new: int, model: FastLlama, cache: Cache) -> Iterator[str]:

@@ -49,7 +49,8 @@ class LongLlamaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.tokenizer.bos_id
+        """What stands in front of a text that is scored as a whole: `<s>`, or for want of it what ends the text before."""
+        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         return self.tokenizer.encode(string, bos=add_special_tokens is not False)
@@ -141,7 +142,7 @@ class LongLlamaLM(TemplateLM):
         for i, request in enumerate(requests):
             alike[repr(request.args[1])].append(i)
         for places in alike.values():
-            contexts = [self.tok_encode(requests[i].args[0]) for i in places]
+            contexts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in places]
             results |= zip(places, self.generate(contexts, requests[places[0]].args[1], disable_tqdm))
         return [results[i] for i in range(len(requests))]
 

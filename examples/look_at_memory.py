@@ -46,7 +46,7 @@ from fast import FastConfig, FastContext, FastLlama, FastMemory
 from fast.attention import fold, score
 from fast.files import replacing
 from longllama import Memory, require
-from tokenizer import SPACE, StreamDecoder, Tokenizer
+from tokenizer import StreamDecoder, Tokenizer
 
 HEAVY = 64  # this many of the heaviest tokens are grouped into passages
 GAP = 16  # heavy tokens at most so far apart are one passage ...
@@ -188,11 +188,12 @@ class Text:
         return [printable(piece.replace("\n", "⏎")) for piece in pieces]
 
     def name(self, i: int) -> str:
-        return self.tokenizer.sp.id_to_piece(i) if 0 <= i < self.tokenizer.vocab_size else f"<{i}>"
+        return self.tokenizer.piece(i) if 0 <= i < self.tokenizer.vocab_size else f"<{i}>"
 
     def word(self, position: int) -> int:
         """Where the word of the token at `position` starts, at most a few tokens before it."""
-        starts = (i for i in range(position, max(position - WORD, 0), -1) if self.name(self.ids[i]).startswith(SPACE))
+        places = range(position, max(position - WORD, 0), -1)
+        starts = (i for i in places if self.tokenizer.begins_word(self.ids[i]))
         return next(starts, position)
 
     def place(self, position: int) -> str:
@@ -708,7 +709,7 @@ def run(args: argparse.Namespace):
     ids = tokenizer.encode(prompt)
     T = len(ids)
     check(args, T, model.config)
-    for warning in warnings(prompt, T, args.max_new_tokens, model, model.new_cache()):
+    for warning in warnings(prompt, ids, args.max_new_tokens, model, tokenizer, model.new_cache()):
         warn(warning)
     views = Views(Text(ids, tokenizer, model.config), T + args.max_new_tokens, args.top)
     progress, difference = Progress(model, T, shown=sys.stderr.isatty()), 0.0

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cli.completions import Completion
 from cli.flags import SAMPLING_FLAGS, add_prompt_flags, add_sampling_flags, demonstration, given, number, parser_for
-from cli.loading import TINY, check_vocabulary, read_tokenizer
+from cli.loading import TINY, check_vocabulary, read_tokenizer, tokenizer_in
 from cli.texts import read_prompt
 from fast import FastConfig, FastLlama
 from fast.files import find_weights
@@ -176,7 +176,7 @@ register_checkpoint_conversion_mapping(LongLlamaConfig.model_type, NAMES)
 
 def run(args: argparse.Namespace):
     check_folder(args.model)
-    prompt, tokenizer = read_prompt(args), read_tokenizer(args.model / "tokenizer.model")
+    prompt, tokenizer = read_prompt(args), read_tokenizer(tokenizer_in(args.model))
     config, weights = FastConfig.from_json(args.model / "config.json"), find_weights(args.model)
     check_vocabulary(args.model, tokenizer, config)
     check_weights(untied(config, weights), weights, args.model)  # transformers takes many lines to say what is wrong

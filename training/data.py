@@ -133,7 +133,7 @@ class Corpus:
         self.sources = [(documents, cumulative([len(x) for x in documents])) for documents, _ in sources]
         self.shares = cumulative([weight for _, weight in sources]) if sources else np.array([])
         self.documents = [document for documents, _ in sources for document in documents]
-        self.bos = np.array([tokenizer.bos_id])
+        self.bos = np.array(tokenizer.encode(""), dtype=np.int64)
         self.tokenizer = tokenizer
         self.intro, self.grass = (np.array(tokenizer.encode(t, bos=False)) for t in (INTRO, GRASS))
 

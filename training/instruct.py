@@ -158,7 +158,7 @@ class Rows:
             self.held += rows[True]
         weights = np.array([source.weight for source in sources])
         self.shares = weights / weights.sum()
-        self.pad = max(tokenizer.sp.pad_id(), 0)
+        self.pad = tokenizer.pad_id or 0
 
     def read(self, path: Path) -> list[dict]:
         """The rows of a file, or of all files of a folder. Raises OSError or ValueError, naming the row that is none."""
@@ -218,7 +218,7 @@ class Rows:
         """`<s>`, the opening, and every turn behind its prefix, each tokenised by itself; a system prompt is put as in an
         instruction. `</s>`, which ends an answer, is hidden: in use it is never read."""
         encode, sample = lambda text: self.tokenizer.encode(text, bos=False), Sample([], [], [])
-        sample.add([self.tokenizer.bos_id, *encode(self.prompts.opening)])
+        sample.add(self.tokenizer.encode(self.prompts.opening))
         for turn in row[self.fields.conversation]:
             who, text = turn[self.fields.speaker], turn[self.fields.text]
             if who in self.fields.system_speaker:

@@ -7,7 +7,7 @@ import torch
 
 from cli.texts import KEY, QUESTION
 from longllama import require
-from tokenizer import SPACE, StreamDecoder, Tokenizer
+from tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
     "GRASS",
@@ -64,6 +64,6 @@ def prompt_ids(
     offset = int(torch.randint(len(filler), (1,), generator=rng))
     text = [filler[(offset + i) % len(filler)] for i in range(n)]
     place = round(depth * n)
-    while 0 < place < n and not tokenizer.sp.id_to_piece(text[place]).startswith(SPACE):
+    while 0 < place < n and not tokenizer.begins_word(text[place]):
         place -= 1  # not inside a word
     return start + text[:place] + needle + text[place:] + question

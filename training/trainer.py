@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from cli.flags import check_new_folder, new_path, number
-from cli.loading import TINY, check_vocabulary, pick_device, read_tokenizer, unlike_its_config, with_special_ids
+from cli.loading import TINY, check_vocabulary, pick_device, read_tokenizer, tokenizer_in, unlike_its_config, with_special_ids
 from cli.picture import import_pyplot, save_picture
 from convert import save_pretrained
 from fast import FastConfig, FastLlama
@@ -144,9 +144,10 @@ class Trainer:
 
     def new_config(self, tokenizer: Tokenizer) -> FastConfig:
         """The recipe's, and with --init what it changes in that one. Special ids are the tokenizer's."""
-        named, ids = self.recipe.model, {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        if tokenizer.sp.pad_id() >= 0:
-            ids["pad_token_id"] = tokenizer.sp.pad_id()
+        named, bos = self.recipe.model, tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        ids = {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id}
+        if tokenizer.pad_id is not None:
+            ids["pad_token_id"] = tokenizer.pad_id
         for name, value in ids.items():
             fits = named.get(name, value) == value
             require(fits, f"{self.args.recipe}: {name} is {named.get(name)}, but {value} in {self.args.tokenizer}")
@@ -420,4 +421,4 @@ def add_training_flags(parser: argparse.ArgumentParser, recipe: Path, output: Pa
 
 
 def tokenizer_of(args: argparse.Namespace) -> Path:
-    return args.tokenizer or (args.init or TINY) / "tokenizer.model"
+    return args.tokenizer or tokenizer_in(args.init or TINY)
