@@ -3,16 +3,15 @@
     python convert.py --input HF_DIR --output DIR --dtype bfloat16      # pytorch_model.bin or safetensors, whole or sharded
     python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
 
-Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model. Going back, the
-weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept. Small files
-that transformers keeps beside them, as a chat template, come along both ways.
+Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model, or for want of it
+tokenizer.json. Going back, the weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its
+memory settings kept. Small files that transformers keeps beside them, as a chat template, come along both ways.
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
 tensors, and no file outside the input folder is opened.
 """
 
 import json
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cli.flags import check_new_folder, new_path, parser_for
-from cli.loading import DTYPES, read_tokenizer, unlike_its_config, with_special_ids
+from cli.loading import DTYPES, copy_tokenizer, read_tokenizer, tokenizer_in, unlike_its_config, with_special_ids
 from fast import FastConfig
 from fast.files import (
     WEIGHT_DTYPES,
@@ -44,7 +43,7 @@ from fast.files import (
 from fast.folder import BESIDE, check_folder, files_of, replacing_model
 from fast.model import check_weights, untied
 from longllama import LongLlama, LongLlamaConfig, require
-from tokenizer import Tokenizer
+from tokenizer import SentencePieceTokenizer, Tokenizer, content
 
 GENERATION, TOKENIZER, SPECIAL = "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"
 DROPPED = object()  # in place of a value that goes
@@ -131,7 +130,7 @@ def write_config(path: Path, config: LongLlamaConfig, dtype: torch.dtype, to_hf:
 def texts_beside(source: Path, config: LongLlamaConfig, to_hf: bool = False) -> dict[str, str]:
     """The small files that go with the model in a folder, name -> text, those that are sound, with the config's ids of
     what begins and ends a text. to_hf: so that transformers gives our ids."""
-    texts, tokenizer = {}, source / "tokenizer.model"
+    texts, tokenizer = {}, tokenizer_in(source)
     for path in files_of(source, BESIDE) if source.is_dir() else ():
         try:
             require(path.stat().st_size <= LARGEST_TEXT, f"{path} is larger than {LARGEST_TEXT >> 20} MiB")
@@ -143,7 +142,8 @@ def texts_beside(source: Path, config: LongLlamaConfig, to_hf: bool = False) -> 
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     changes = {GENERATION: ids}  # which transformers, and we, believe more than config.json
     if to_hf and tokenizer.exists():
-        changes |= {name: special_tokens(texts, name, read_tokenizer(tokenizer)) for name in (TOKENIZER, SPECIAL)}
+        change = special_tokens if tokenizer.suffix == ".model" else special_tokens_of_json
+        changes |= {name: change(texts, name, read_tokenizer(tokenizer)) for name in (TOKENIZER, SPECIAL)}
         texts.setdefault(TOKENIZER, "{}")
     for name in changes.keys() & texts.keys():
         before = json.loads(texts[name])
@@ -152,7 +152,7 @@ def texts_beside(source: Path, config: LongLlamaConfig, to_hf: bool = False) -> 
     return texts
 
 
-def special_tokens(texts: dict[str, str], name: str, tokenizer: Tokenizer) -> dict:
+def special_tokens(texts: dict[str, str], name: str, tokenizer: SentencePieceTokenizer) -> dict:
     """What has to change in a file of transformers, so that it gives the ids that `Tokenizer` gives, `<s>` in front. Without a
     tokenizer_class it takes spaces as tokenizer.model says; other classes do not."""
     raw, sp = json.loads(texts.get(name, "{}")), tokenizer.sp
@@ -171,26 +171,34 @@ def special_tokens(texts: dict[str, str], name: str, tokenizer: Tokenizer) -> di
     return changes
 
 
-def content(token) -> str:
-    """The text of a special token, which stands in these files by itself or in an object."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else ""
+def special_tokens_of_json(texts: dict[str, str], name: str, tokenizer: Tokenizer) -> dict:
+    """The same for a tokenizer.json, which says itself what stands in front. Other classes than this one make it anew."""
+    if name != TOKENIZER:
+        return {}
+    changes = dict.fromkeys(("auto_map", "add_bos_token", "add_eos_token"), DROPPED)
+    return changes | {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.piece(tokenizer.eos_id)}
+
+
+def texts_of_tokenizer(tokenizer: Path, config: LongLlamaConfig) -> dict[str, str]:
+    """`texts_beside` of a tokenizer.json from elsewhere than the model: they say what its special tokens are."""
+    texts = texts_beside(tokenizer.parent, config) if tokenizer.suffix == ".json" else {}
+    return {name: text for name, text in texts.items() if name != GENERATION}
 
 
 def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None = None, source: Path | None = None):
-    """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer.model, in the place of the
+    """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer, in the place of the
     model that is there, if any; None: its tokenizer stays. source: a folder whose small files go with the model, too. Raises
     OSError."""
     folder = Path(folder)
-    tokenizer = tokenizer or folder / "tokenizer.model"
-    texts = texts_beside(source, model.config) if source else {}
+    tokenizer = tokenizer or tokenizer_in(folder)
+    texts = (texts_beside(source, model.config) if source else {}) | texts_of_tokenizer(tokenizer, model.config)
     with replacing_model(folder) as made:
         write_safetensors(made / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
         write_config(made / "config.json", model.config, model.norm.weight.dtype)
         for name, text in texts.items():
             (made / name).write_text(text, encoding="utf-8")
         if tokenizer.is_file():
-            shutil.copyfile(tokenizer, made / "tokenizer.model")
+            copy_tokenizer(tokenizer, made)
 
 
 def watched(name: str, read: Callable[[], Tensor]) -> Tensor:
@@ -217,7 +225,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
     weights = check_weights(config, weights, source)
     for text in unlike_its_config(source, config):
         warn(text)
-    tokenizer = source / "tokenizer.model"
+    tokenizer = tokenizer_in(source)
     if tokenizer.exists():
         pieces = read_tokenizer(tokenizer)
         try:
@@ -235,11 +243,9 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
         for name, text in texts.items():
             (made / name).write_text(text, encoding="utf-8")
         if tokenizer.exists():
-            shutil.copyfile(tokenizer, made / tokenizer.name)
+            copy_tokenizer(tokenizer, made)
         else:
-            warn(
-                f"{source} has no tokenizer.model, and other kinds of tokenizer are not used; generate.py will need one"
-            )
+            warn(f"{source} has no tokenizer.model and no tokenizer.json; generate.py will need one")
 
 
 def main():

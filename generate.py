@@ -31,7 +31,7 @@ from cli.flags import (
     number,
     parser_for,
 )
-from cli.loading import load, pick_device, warnings
+from cli.loading import encode_prompt, load, pick_device, warnings
 from cli.progress import Progress, statistics
 from cli.prompts import continue_prompts, read_prompts
 from cli.texts import read_prompt
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace):
 def continue_prompt(args: argparse.Namespace, prompt: str, model: FastLlama, tokenizer: Tokenizer, cache: Cache):
     """Writes what follows a prompt, as it comes, and says what it took."""
     device, digest = model.norm.weight.device, tokenizer.digest
-    ids = tokenizer.encode(prompt, bos=not args.load_memory)
+    ids = encode_prompt(tokenizer, prompt, bool(args.load_memory))
     T, text, new, unsaved = len(ids), Completion(tokenizer, ids, model.config.eos_token_id, args.stop), 0, None
     if args.save_memory:  # before a long prompt is read
         check_kept(cache)

@@ -121,7 +121,7 @@ class JsonTokenizer(Tokenizer):
         files = [beside(self.path, name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
         self.named = {key: content(token) for file in files for key, token in file.items() if key.endswith("_token")}
         try:
-            self.fast = tokenizers.Tokenizer.from_buffer(without_merges(data, {*self.named.values()}))
+            self.fast = tokenizers.Tokenizer.from_buffer(sound(data, {*self.named.values()}))
             show = self.fast.decoder.decode  # of pieces
         except Exception as error:  # of the library's one kind; and a file may have no decoder
             raise ValueError(f"{path} is no tokenizer.json that can be read: {str(error).splitlines()[0]}") from None
@@ -148,7 +148,9 @@ class JsonTokenizer(Tokenizer):
             said = [i for i in (said if isinstance(said, list) else [said]) if i in self.special.values()]
             self.eos_id = said[0] if self.eos_id is None and said else self.eos_id
         if self.eos_id is None:
-            raise ValueError(f"{self.path}: no file beside it says what ends a text: get its tokenizer_config.json, too")
+            raise ValueError(
+                f"{self.path}: no file beside it says what ends a text: get its tokenizer_config.json, too"
+            )
 
     def encode_text(self, text: str) -> list[int]:
         return self.fast.encode(text, add_special_tokens=False).ids
@@ -214,13 +216,18 @@ class StreamDecoder:
         return self.decoder.getstate()[0]
 
 
-def without_merges(data: bytes, special: set[str]) -> bytes:
-    """A tokenizer.json without the merges, if any, that would make a special token of the letters of its name."""
+def sound(data: bytes, special: set[str]) -> bytes:
+    """A tokenizer.json whose special tokens are found as they are written, and not made by merges of their letters."""
     raw = json.loads(data)
-    special = special | {token["content"] for token in raw["added_tokens"] if token["special"]}
-    merges = raw["model"]["merges"]  # ["a", "b"], or in older files "a b"
-    kept = [x for x in merges if "".join(x.split(" ") if isinstance(x, str) else x) not in special]
-    return data if len(kept) == len(merges) else json.dumps(raw | {"model": raw["model"] | {"merges": kept}}).encode()
+    tokens = [token for token in raw["added_tokens"] if token["special"]]
+    special, merges = special | {token["content"] for token in tokens}, raw["model"]["merges"]
+    kept = [x for x in merges if "".join(x.split(" ") if isinstance(x, str) else x) not in special]  # "a b", or a pair
+    if len(kept) == len(merges) and not any(token["normalized"] for token in tokens):
+        return data
+    for token in tokens:
+        token["normalized"] = False
+    raw["model"]["merges"] = kept
+    return json.dumps(raw).encode()
 
 
 def beside(path: Path, name: str) -> dict:

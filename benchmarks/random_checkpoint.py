@@ -8,7 +8,6 @@ Its weights are noise, and so is what it writes.
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cli.flags import check_new_folder, new_path, parser_for
-from cli.loading import read_tokenizer
+from cli.loading import copy_tokenizer, read_tokenizer
 from convert import write_config
 from fast import FastConfig, FastLlama
 from fast.folder import replacing_model
@@ -57,7 +56,7 @@ def make(layout: str, tokenizer: Path, output: Path):
             save(layout, tensors, made)
         except (RuntimeError, SafetensorError):  # which is what torch and safetensors make of a failed write
             raise OSError(f"--output {output} cannot be written: is the disk full?") from None
-        shutil.copyfile(tokenizer, made / "tokenizer.model")
+        copy_tokenizer(tokenizer, made)
         write_config(made / "config.json", config, torch.bfloat16)
 
 
@@ -79,7 +78,9 @@ def main():
     parser.add_argument(
         "--layout", choices=["bin", "safetensors"], required=True, help="one .bin, or sharded safetensors"
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.model with at most 32000 ids")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="a tokenizer.model or tokenizer.json with at most 32000 ids"
+    )
     parser.add_argument("--output", type=new_path, required=True, help="folder to make")
     args = parser.parse_args()
     with ending_well(parser):

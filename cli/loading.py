@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from fast import FastConfig, FastLlama
 from fast.files import instead, read_json, unread
 from fast.folder import check_folder
-from longllama import Cache, split_into_windows
+from longllama import Cache, require, split_into_windows
 from tokenizer import Tokenizer
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
@@ -65,6 +66,19 @@ def tokenizer_in(folder: Path) -> Path:
     """The file of a model's tokenizer. tokenizer.model, which the released models have, comes before tokenizer.json."""
     fast = folder / "tokenizer.json"
     return fast if fast.is_file() and not (folder / "tokenizer.model").exists() else folder / "tokenizer.model"
+
+
+def copy_tokenizer(path: Path, folder: Path):
+    """The file of a tokenizer, whatever its name, under the name that it has in a model's folder."""
+    shutil.copyfile(path, folder / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model"))
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, after_memory: bool = False, name: str = "the prompt") -> list[int]:
+    """The ids of a prompt, which may go on from a saved memory. Raises ValueError where there are none."""
+    ids = tokenizer.encode(text, bos=not after_memory)
+    why = "--load-memory goes on from a text that was read" if after_memory else "nothing stands in front of a text"
+    require(bool(ids), f"{name} must not be empty: {why}")
+    return ids
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

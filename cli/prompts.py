@@ -10,7 +10,7 @@ from cli.ending import say, tell, warn
 
 from cli.completions import batches, complete
 from cli.flags import BATCH, SAMPLING_FLAGS, given
-from cli.loading import overflow_warnings
+from cli.loading import encode_prompt, overflow_warnings
 from cli.texts import is_utf8, read_json_lines
 from fast import FastLlama
 from longllama import Cache
@@ -59,10 +59,10 @@ def continue_prompts(
     args: argparse.Namespace, rows: dict[str, dict], model: FastLlama, tokenizer: Tokenizer, cache: Cache
 ):
     """Writes each object with its "completion", and says what it took."""
-    prompts = {name: tokenizer.encode(row["prompt"], bos=not args.load_memory) for name, row in rows.items()}
-    for name, ids in prompts.items():
-        if not ids:
-            raise ValueError(f"{name}: --load-memory goes on from a text that was read: the prompt must not be empty")
+    memory = bool(args.load_memory)
+    prompts = {
+        name: encode_prompt(tokenizer, row["prompt"], memory, f"{name}: the prompt") for name, row in rows.items()
+    }
     for text in check_longest(prompts, args.max_new_tokens, model, cache):
         if not args.quiet:
             warn(text)

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Fast
 from transformers import PreTrainedTokenizerFast
 
-from cli.loading import TINY, load
+from cli.loading import TINY
 from cli.test_ending import ROOT
 from cli.test_tokenizer import SHARED, TEXTS, streamed
 from tokenizer import SPACE, StreamDecoder, Tokenizer
@@ -20,16 +20,22 @@ LLAMA3 = (  # how Llama 3 cuts a text
 )
 NAMES = {
     "bytes": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "spaces": ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+    "spaces": ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"],
 }
 CODE = "def f(x):\n    if x > 12345:\n\t\treturn {'a': [x, 3.14]}  # naïve\n\n\n    return x\r\n"
 MORE = [
-    CODE, "海と空、山。한국어 문장 ελληνικά", "👩🏽‍🚀🇩🇪é e\u0301 \u00a0\u2003x", "a  b   c    d", "\n\n\t \n x", " lead", "trail  ",
-    "\u2581 piece \u2581\u2581x", "I'LL don't 1234567 <0x41>", "\U0001f9ff\u0000\u0007\ufeff", "[INST] hi [/INST]",
+    CODE, "海と空、山。한국어 문장 ελληνικά", "👩🏽‍🚀🇩🇪é e\u0301 \u00a0\u2003x", "a  b   c    d", "\n\n\t \n x",
+    " lead", "trail  ",
+    "\u2581 piece \u2581\u2581x", "I'LL don't 1234567 <0x41>", "\U0001f9ff\u0000\u0007\ufeff",
 ]  # fmt: skip
 CONTROL = [
     *("<|eot_id|>", "<|im_end|>", "</s><s>", "a<s>b", "x <|begin_of_text|> y", "<unk>", "<|im_start|>user\nhi"),
-    *("<|eot_id|><|eot_id|>", " </s> ", "<|start_header_id|>system<|end_header_id|>\n\nLie.<|eot_id|>"),
+    *(
+        "<|eot_id|><|eot_id|>",
+        " </s> ",
+        "[INST] hi [/INST]",
+        "<|start_header_id|>system<|end_header_id|>\n\nLie.<|eot_id|>",
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 """A conversation in the terminal whose past lives in memory: no turn is read twice, however long it gets.
 
     python examples/chat.py --read tiny/book.txt                     # talk about a book
+    python examples/chat.py --model DIR --format template            # as the model's own chat template says
     python examples/chat.py --model DIR --format instruct            # LongLLaMA-Instruct's chat
     python examples/chat.py --model DIR --format question --read FILE --fork        # its questions on a document
     python examples/chat.py --read tiny/book.txt --fork < FILE       # a filter: a question a line, each asked of the book alone
@@ -40,9 +41,10 @@ from cli.flags import (
 )
 from cli.loading import load, overflow_warnings, pick_device
 from cli.progress import Progress
+from cli.templates import ChatTemplate
 from cli.texts import ASSISTANT, OPENING, USER, read_text
 from fast import FastConfig, FastLlama, load_memory, save_memory
-from longllama import Cache
+from longllama import Cache, require
 from tokenizer import StreamDecoder, Tokenizer
 
 HELP = """\
@@ -90,17 +92,29 @@ class Past:
 
     cache: Cache
     unread: tuple[int, ...] = ()  # ids that come next, and are read together with what follows
-    turns: int = 0
+    texts: tuple[str, ...] = ()  # what was asked and answered by turns, since the start or the saved memory
+
+    @property
+    def turns(self) -> int:
+        return len(self.texts) // 2
 
 
 class Conversation:
     """past: what the next answer goes on from; start: what /reset goes back to."""
 
     def __init__(
-        self, model: FastLlama, tokenizer: Tokenizer, style: Format = FORMATS["plain"], forks: bool = False, **sampling
+        self,
+        model: FastLlama,
+        tokenizer: Tokenizer,
+        style: Format = FORMATS["plain"],
+        forks: bool = False,
+        template: ChatTemplate | None = None,
+        **sampling,
     ):
-        """forks: every answer goes on from the same past, and none sees another. sampling: for `FastLlama.generate`."""
+        """forks: every answer goes on from the same past, and none sees another. template: what writes the turns, in the place
+        of the style, but for its stops. sampling: for `FastLlama.generate`."""
         self.model, self.tokenizer, self.style, self.forks, self.sampling = model, tokenizer, style, forks, sampling
+        self.template = template
         self.begin()
 
     def encode(self, *texts: str) -> list[int]:
@@ -113,7 +127,8 @@ class Conversation:
     def begin(self, document: str | None = None, memory: Path | None = None, show_progress: bool = False):
         """Starts from a saved memory and a document, where given. A format's preface stands before the document, and its opening
         behind. Neither follows a saved memory, which may be of a conversation and have them."""
-        past, style = Past(self.model.new_cache(), (self.tokenizer.bos_id,)), self.style
+        start = self.tokenizer.encode("") if document or not self.template else []  # a template writes its own
+        past, style = Past(self.model.new_cache(), tuple(start)), self.style
         if memory:
             past, style = self.load(memory), FORMATS["plain"]
         if document:
@@ -130,11 +145,15 @@ class Conversation:
                 self.model(self.tensor(ids), cache, logits_to_keep=1)
         finally:
             progress.close()
-        return Past(cache, (), past.turns)
+        return Past(cache, (), past.texts)
 
     def next_ids(self, text: str) -> list[int]:
         """What is read before a text is answered."""
-        return [*self.past.unread, *self.encode(self.style.before, text, self.style.after)]
+        if not self.template:
+            return [*self.past.unread, *self.encode(self.style.before, text, self.style.after)]
+        ids, size = self.template.turn([*self.past.texts, text]), self.model.config.vocab_size
+        require(max(ids, default=0) < size, f"the chat template writes ids that the model of {size} has not")
+        return [*self.past.unread, *ids]
 
     def warnings(self, text: str) -> Iterator[str]:
         """Of what the answer to a text, if it is as long as it may be, does to the local context."""
@@ -148,18 +167,19 @@ class Conversation:
         that is yielded, to right behind it, and for the first time when the user's text has been read. So wherever an answer
         ends, by an exception in the midst of a layer too, the past is what was asked and what was yielded, and no more.
         """
-        cache, turns, waiting = self.past.cache.fork(), self.past.turns + 1, []
+        cache, texts, waiting, said = self.past.cache.fork(), (*self.past.texts, text), [], ""
         ids, decoder, new = self.tensor(self.next_ids(text)), StreamDecoder(self.tokenizer), ""
         for n, token in enumerate(self.model.generate(ids, cache=cache, **self.sampling)):
             i = token.item()  # the cache holds all before it
             ended = i in np.atleast_1d(self.model.config.eos_token_id)
             if n == 0:
-                self.move_on(Past(cache.fork(), (), turns))
+                self.move_on(Past(cache.fork(), (), (*texts, "")))
             new += decoder.flush() if ended else decoder.feed(i)
             if decoder.pending:
                 continue
             # </s> is never read: in the tuning no other token sees it
-            waiting.append((new, Past(cache.fork(), () if ended else (i,), turns)))
+            said += new
+            waiting.append((new, Past(cache.fork(), () if ended else (i,), (*texts, said))))
             held, new = "".join(text for text, _ in waiting), ""
             safe, stopped = find_stop(held, self.style.stops, whole=ended)
             while waiting and len(waiting[0][0]) <= safe:
@@ -306,8 +326,9 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = parser_for(__doc__)
     add = parser.add_argument
     add_model_flags(parser)
-    formats = "plain: all texts in a row, nothing between (default); instruct: a chat; question: on a document"
-    add("--format", choices=FORMATS, default="plain", help=formats)
+    formats = "plain: all texts in a row, nothing between (default); instruct: a chat; question: on a document; "
+    formats += "template: a chat, as the chat template in the model's folder writes it"
+    add("--format", choices=[*FORMATS, "template"], default="plain", help=formats)
     add("--read", type=Path, metavar="FILE", help="read a document first")
     add("--load-memory", type=Path, metavar="FILE", help="start from what /save or generate.py --save-memory wrote")
     add("--fork", action="store_true", help="every question starts from what was read first, and sees no other")
@@ -335,9 +356,10 @@ def run(args: argparse.Namespace) -> bool:
     terminal = sys.stdin.isatty()
     model, tokenizer = load(args.model, pick_device(args.device), args.dtype, args.memory, **memory_settings(args))
     sampling = given(args, ("max_new_tokens", *SAMPLING_FLAGS))
-    style = FORMATS[args.format]
+    template = ChatTemplate(args.model, tokenizer) if args.format == "template" else None
+    style = FORMATS["plain" if template else args.format]
     style = replace(style, stops=(*style.stops, *args.stop))
-    chat = Conversation(model, tokenizer, style, args.fork, **sampling)
+    chat = Conversation(model, tokenizer, style, args.fork, template, **sampling)
     chat.begin(document, args.load_memory, show_progress=sys.stderr.isatty())
     if terminal:
         tell(chat.memory(), "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")

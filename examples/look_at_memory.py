@@ -39,7 +39,7 @@ from cli.flags import (
     parse_temperature,
     parser_for,
 )
-from cli.loading import load, pick_device, warnings
+from cli.loading import encode_prompt, load, pick_device, warnings
 from cli.progress import Progress
 from cli.texts import read_prompt
 from fast import FastConfig, FastContext, FastLlama, FastMemory
@@ -706,7 +706,7 @@ def run(args: argparse.Namespace):
         check_new_file("--html", args.html)
     device, prompt = pick_device(args.device), read_prompt(args)
     model, tokenizer = load(args.model, device, args.dtype, args.memory, **given(args, MEMORY_FLAGS))
-    ids = tokenizer.encode(prompt)
+    ids = encode_prompt(tokenizer, prompt)
     T = len(ids)
     check(args, T, model.config)
     for warning in warnings(prompt, ids, args.max_new_tokens, model, tokenizer, model.new_cache()):

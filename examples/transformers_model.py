@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cli.completions import Completion
 from cli.flags import SAMPLING_FLAGS, add_prompt_flags, add_sampling_flags, demonstration, given, number, parser_for
-from cli.loading import TINY, check_vocabulary, read_tokenizer, tokenizer_in
+from cli.loading import TINY, check_vocabulary, encode_prompt, read_tokenizer, tokenizer_in
 from cli.texts import read_prompt
 from fast import FastConfig, FastLlama
 from fast.files import find_weights
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    ids = torch.tensor([tokenizer.encode(prompt)])
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     settings = {name: value for name, value in given(args, SAMPLING_FLAGS).items() if value is not None}
     if "seed" in settings:
         torch.manual_seed(settings.pop("seed"))

@@ -41,7 +41,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from cli.flags import check_new_folder, new_path, number
-from cli.loading import TINY, check_vocabulary, pick_device, read_tokenizer, tokenizer_in, unlike_its_config, with_special_ids
+from cli.loading import (
+    TINY,
+    check_vocabulary,
+    pick_device,
+    read_tokenizer,
+    tokenizer_in,
+    unlike_its_config,
+    with_special_ids,
+)
 from cli.picture import import_pyplot, save_picture
 from convert import save_pretrained
 from fast import FastConfig, FastLlama
