@@ -73,11 +73,11 @@ def copy_tokenizer(path: Path, folder: Path):
     shutil.copyfile(path, folder / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model"))
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, after_memory: bool = False, name: str = "the prompt") -> list[int]:
-    """The ids of a prompt, which may go on from a saved memory. Raises ValueError where there are none."""
+def encode_prompt(tokenizer: Tokenizer, text: str, after_memory: bool = False, where: str = "") -> list[int]:
+    """The ids of a prompt, which may go on from a saved memory. Raises ValueError, from `where` on, if there are none."""
     ids = tokenizer.encode(text, bos=not after_memory)
-    why = "--load-memory goes on from a text that was read" if after_memory else "nothing stands in front of a text"
-    require(bool(ids), f"{name} must not be empty: {why}")
+    why = "--load-memory goes on from a text that was read" if after_memory else "its tokenizer puts nothing in front"
+    require(bool(ids), f"{where}{why}: the prompt must not be empty")
     return ids
 
 

@@ -60,9 +60,7 @@ def continue_prompts(
 ):
     """Writes each object with its "completion", and says what it took."""
     memory = bool(args.load_memory)
-    prompts = {
-        name: encode_prompt(tokenizer, row["prompt"], memory, f"{name}: the prompt") for name, row in rows.items()
-    }
+    prompts = {name: encode_prompt(tokenizer, row["prompt"], memory, f"{name}: ") for name, row in rows.items()}
     for text in check_longest(prompts, args.max_new_tokens, model, cache):
         if not args.quiet:
             warn(text)
