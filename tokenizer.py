@@ -36,7 +36,8 @@ class Tokenizer:
     """
 
     def __new__(cls, path: str | Path):
-        return super().__new__(JsonTokenizer if Path(path).suffix == ".json" else SentencePieceTokenizer)
+        kind = JsonTokenizer if Path(path).suffix == ".json" else SentencePieceTokenizer
+        return super().__new__(kind if cls is Tokenizer else cls)
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         start = [] if self.bos_id is None else [self.bos_id]

@@ -1,16 +1,20 @@
 """Ids and texts of a tokenizer.json are those that transformers gives, streamed or not."""
 
+import hashlib
 import json
 import random
+import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Fast
 from transformers import PreTrainedTokenizerFast
 
-from cli.loading import TINY
+from cli.loading import TINY, load
 from cli.test_ending import ROOT
 from cli.test_tokenizer import SHARED, TEXTS, streamed
 from tokenizer import SPACE, StreamDecoder, Tokenizer
@@ -93,10 +97,11 @@ KINDS = {
 END = {"bytes": "<|end_of_text|>", "spaces": "</s>", "metaspace": "</s>"}
 
 
-def write_tokenizer(folder: Path, kind: str, **config) -> Path:
-    """tokenizer.json, and a tokenizer_config.json that names what ends a text."""
+def write_tokenizer(folder: Path, kind: str, start: bool = True, **config) -> Path:
+    """tokenizer.json, and a tokenizer_config.json that names what ends a text. start: there is something in front of texts."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(made(kind), encoding="utf-8")
+    text = made(kind) if start else json.dumps(json.loads(made(kind)) | {"post_processor": None})
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END[kind]} | config), encoding="utf-8")
     return folder / "tokenizer.json"
 
@@ -179,3 +184,98 @@ def test_a_continuation_keeps_its_leading_space(path):
     ids = tokenizer.encode(" the sea", bos=False)
     expected = "  the sea" if tokenizer.drops_one_space and not tokenizer.fast.pre_tokenizer else " the sea"
     assert streamed(tokenizer, ids, continues=True) == expected
+
+
+def changed(path: Path, **parts) -> Path:
+    """The file with other parts."""
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | parts), encoding="utf-8")
+    return path
+
+
+def test_nothing_stands_in_front_where_the_file_puts_nothing_there(tmp_path):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, "bytes", start=False, bos_token="<|begin_of_text|>"))
+    assert tokenizer.bos_id is None and tokenizer.encode("") == []
+    assert tokenizer.encode("a", eos=True) == [*tokenizer.encode("a", bos=False), tokenizer.eos_id]
+
+
+def test_what_ends_a_text_is_said_by_the_files_beside_it(tmp_path):
+    path, end = write_tokenizer(tmp_path, "bytes"), Tokenizer(tmp_path / "tokenizer.json").special
+    for name, raw, expected in (
+        (
+            "tokenizer_config.json",
+            {"eos_token": {"content": "<|eot_id|>"}, "pad_token": "<|end_of_text|>"},
+            "<|eot_id|>",
+        ),
+        ("special_tokens_map.json", {"eos_token": "<|eot_id|>"}, "<|eot_id|>"),
+        ("generation_config.json", {"eos_token_id": [2, end["<|end_of_text|>"]]}, "<|end_of_text|>"),
+        ("config.json", {"eos_token_id": end["<|eot_id|>"]}, "<|eot_id|>"),
+    ):
+        for other in tmp_path.glob("*_*.json"):
+            other.unlink()
+        (tmp_path / name).write_text(json.dumps(raw))
+        tokenizer = Tokenizer(path)
+        assert tokenizer.eos_id == end[expected] and tokenizer.pad_id == end.get(raw.get("pad_token"))
+        ends = [i for i in range(-1, tokenizer.vocab_size + 1) if tokenizer.ends_text(i)]
+        assert ends == [i for name, i in end.items() if name != "<|begin_of_text|>"]
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="no file beside it says what ends a text"):
+        Tokenizer(path)
+
+
+def test_a_file_that_cuts_and_pads_texts_does_neither_here(tmp_path):
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    padding = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+    }
+    path = write_tokenizer(tmp_path, "bytes")
+    right = Tokenizer(path).encode("the sea and the whale"), Tokenizer(path).encode("a")
+    tokenizer = Tokenizer(changed(path, truncation=cut, padding=padding | {"pad_token": "x"}))
+    assert (tokenizer.encode("the sea and the whale"), tokenizer.encode("a")) == right
+
+
+def test_special_tokens_are_found_as_they_are_written_whatever_the_file_says_of_normalizing(tmp_path):
+    path = write_tokenizer(tmp_path, "spaces")
+    tokens = [token | {"normalized": True} for token in json.loads(made("spaces"))["added_tokens"]]
+    tokenizer = Tokenizer(changed(path, added_tokens=tokens))
+    ids = tokenizer.encode_special("a</s>b<|im_\ufdd0end|><|im_end|>", "\ufdd0")
+    assert [i for i in ids if i in tokenizer.special.values()] == [2, 4]
+    assert tokenizer.decode(ids) == "a b<|im_end|>"  # Llama 2's file puts a space before each text
+
+
+@pytest.mark.parametrize(
+    "parts, said",
+    [
+        ({"decoder": None}, "is no tokenizer.json that can be read"), ({"model": 7}, "is no tokenizer.json that can be read"),
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "writes spaces and bytes otherwise"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_refused(parts, said, tmp_path):
+    path = changed(write_tokenizer(tmp_path, "spaces"), **parts)
+    with pytest.raises(ValueError, match=said) as error:
+        Tokenizer(path)
+    assert "\n" not in str(error.value)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is no tokenizer.json that can be read"):
+        Tokenizer(path)
+
+
+def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    path = write_tokenizer(tmp_path, "bytes")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        Tokenizer(path)
+
+
+def test_a_models_folder_may_have_a_tokenizer_json_but_a_tokenizer_model_comes_first(tmp_path, capsys):
+    shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("book.txt", "tokenizer.model"))
+    path = write_tokenizer(tmp_path / "m", "bytes")
+    model, tokenizer = load(tmp_path / "m", torch.device("cpu"))
+    assert tokenizer.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert "eos_token_id 2 ends no text of tokenizer.json: it ends at" in capsys.readouterr().err
+    shutil.copyfile(TINY / "tokenizer.model", tmp_path / "m" / "tokenizer.model")
+    assert load(tmp_path / "m", torch.device("cpu"))[1].digest == Tokenizer(TINY / "tokenizer.model").digest

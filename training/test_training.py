@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli.test_json_tokenizer import write_tokenizer
 from fast import FastConfig, FastLlama
 from longllama import cross_batch_extra
-from tokenizer import Tokenizer
+from tokenizer import SentencePieceTokenizer, Tokenizer
 from training import fetch_data
 from training import train_tokenizer as tokenizer_program
 from training.data import Source, held_out, is_held_out, read_corpora, text_files
@@ -595,8 +596,35 @@ def test_documents_with_pass_keys_mark_answers_by_any_tokenizer(pieces, folder, 
         assert len(ids) == 1500 and digits and (digits + key).startswith(key) and digits in key * 90
 
 
+@pytest.mark.parametrize("start", [[0], []], ids=["start", "no start"])
+def test_documents_of_a_tokenizer_json_are_joined_by_what_ends_a_text_and_what_begins_one_if_anything_does(
+    start, recipe, folder, tmp_path
+):
+    path = write_tokenizer(tmp_path / "from", "bytes", start=bool(start), chat_template="x")
+    tokenizer = Tokenizer(path)
+    corpus, _ = read_corpora([Source(folder)], tokenizer)
+    start = [tokenizer.bos_id][: len(start)]
+    for document in corpus.documents:
+        ids = document.tolist()
+        assert ids[: len(start)] == start and ids[-1] == tokenizer.eos_id
+        assert not {*ids[len(start) : -1]} & {*tokenizer.special.values()}
+    ids, _ = corpus.passkey(np.random.default_rng(0), 500, 300, dense=True)
+    assert (
+        ids.dtype == np.int64 and ids.tolist()[: len(start)] == start and "pass key" in tokenizer.decode(ids.tolist())
+    )
+    raw = json.loads(recipe.read_text())
+    raw |= {"phases": [raw["phases"][1] | {"steps": 1, "window": 128}]}
+    (tmp_path / "recipe.json").write_text(json.dumps(raw))
+    done, _ = train(tmp_path / "recipe.json", folder, tmp_path / "run", "--tokenizer", path)
+    assert done.returncode == 0, done.stderr
+    made, config = tmp_path / "run", json.loads((tmp_path / "run" / "config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (made / name).read_bytes() == (path.parent / name).read_bytes()
+    assert config["eos_token_id"] == tokenizer.eos_id and config["bos_token_id"] == (start or [tokenizer.eos_id])[0]
+
+
 def test_a_tokenizer_without_digits_is_told():
-    class Wordy(Tokenizer):
+    class Wordy(SentencePieceTokenizer):
         def decode(self, ids):
             return "".join(c for c in super().decode(ids) if not c.isdecimal())
 
