@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import convert
 from cli.loading import TINY, load
 from cli.test_ending import ROOT, one_line, run_main
+from cli.test_json_tokenizer import write_tokenizer
 from cli.test_tokenizer import PATHS as TOKENIZERS
 from cli.test_tokenizer import TEXTS
 from fast import FastConfig, FastLlama
@@ -637,6 +638,29 @@ def test_transformers_makes_our_ids_of_a_folder_that_went_back(path, config, tmp
         assert theirs(text)["input_ids"] == tokenizer.encode(text), text
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     assert len(theirs) <= tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("config", [{}, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}], ids=str)
+@pytest.mark.parametrize("kind, start", [("bytes", True), ("bytes", False), ("spaces", True), ("metaspace", True)])
+def test_a_tokenizer_json_comes_along_both_ways_and_transformers_makes_our_ids_of_it(kind, start, config, tmp_path):
+    files = write_tokenizer(tmp_path / "from", kind, start, chat_template="x", **config)
+    tokenizer = Tokenizer(files)
+    convert.save_pretrained(small_model(vocab_size=tokenizer.vocab_size), tmp_path / "a", files)
+    assert run_convert("--input", tmp_path / "a", "--output", tmp_path / "b") == 0
+    assert run_convert("--input", tmp_path / "b", "--output", tmp_path / "c", "--to-hf") == 0
+    for folder in "abc":
+        assert (tmp_path / folder / "tokenizer.json").read_bytes() == files.read_bytes()
+        kept = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+        assert (
+            kept["chat_template"] == "x" and Tokenizer(tmp_path / folder / "tokenizer.json").eos_id == tokenizer.eos_id
+        )
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "c")
+    for text in [*(text for text in TEXTS if "<s>" not in text), " one", "a\tb", "a    b"]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text), text
+    assert theirs.eos_token_id == tokenizer.eos_id
+    convert.save_pretrained(small_model(vocab_size=tokenizer.vocab_size), tmp_path / "b")  # over it: its own stays
+    assert Tokenizer(tmp_path / "b" / "tokenizer.json").eos_id == tokenizer.eos_id
 
 
 @pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\n", "IQ== 0\nIg== 1\n"])
