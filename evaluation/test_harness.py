@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import convert
 from cli.loading import TINY, load
 from cli.test_ending import ROOT, one_line, run_main
+from cli.test_json_tokenizer import write_tokenizer
 from cli.test_tokenizer import PATHS as TOKENIZERS
 from cli.test_tokenizer import TEXTS, special_tokenizer, streamed
 from evaluation import harness
@@ -50,7 +51,7 @@ def offline(tmp_path_factory) -> Iterator[None]:
     assert tried == []
 
 
-def random_llama(folder: Path) -> Path:
+def random_llama(folder: Path, tokenizer: Path = ROOT / "testdata" / "prose.model") -> Path:
     """A LLaMA of ours with grouped queries and a window of 128. It never writes single bytes: where they are no character,
     tokenizers decode them differently."""
     torch.manual_seed(0)
@@ -58,7 +59,7 @@ def random_llama(folder: Path) -> Path:
     config = FastConfig(vocab_size=2048, num_key_value_heads=2, max_position_embeddings=128, **settings)
     model = FastLlama(config)
     model.lm_head.weight.data[3:259] = 0  # of <0x00> to <0xFF>: other logits are larger
-    convert.save_pretrained(model, folder, ROOT / "testdata" / "prose.model")
+    convert.save_pretrained(model, folder, tokenizer)
     return folder
 
 
@@ -71,7 +72,10 @@ def both(request, tmp_path_factory) -> tuple:
     from evaluation.adapter import LongLlamaLM
 
     folder = tmp_path_factory.mktemp(request.param)
-    source = TINY if request.param == "tiny" else random_llama(folder / "ours")
+    if request.param == "json":
+        source = random_llama(folder / "ours", write_tokenizer(folder / "from", "bytes", bos_token="<|begin_of_text|>"))
+    else:
+        source = TINY if request.param == "tiny" else random_llama(folder / "ours")
     assert run_main(convert.main, "--input", source, "--output", folder / "hf", "--to-hf") == 0
     theirs = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
@@ -136,6 +140,7 @@ def test_greedy_texts_are_those_of_lm_evals_own_adapter(both):
     assert len(set(right)) > 15
 
 
+@pytest.mark.parametrize("both", ["random", "tiny", "json"], indirect=True)
 def test_whole_texts_are_scored_as_by_lm_evals_own_adapter_with_one_bos(both):
     ours, _, theirs = both
     texts = [(x,) for x in ("", "The sea", BOOK[:5000], BOOK[7000:7900])]
