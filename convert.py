@@ -1,11 +1,15 @@
-"""Turns Hugging Face folders of LLaMA and LongLLaMA into ours, and back.
+"""Turns Hugging Face folders of LLaMA and LongLLaMA, or GGUF files, into ours, and back.
 
     python convert.py --input HF_DIR --output DIR --dtype bfloat16      # pytorch_model.bin or safetensors, whole or sharded
+    python convert.py --input model.gguf --output DIR                   # llama.cpp's, dequantised
     python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
 
 Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model. Going back, the
 weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept. Small files
 that transformers keeps beside them, as a chat template, come along both ways.
+
+A GGUF file holds a tokenizer and settings too, and what it quantised is stored as float16, of which its blocks are made, if --dtype
+does not say otherwise.
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
 tensors, and no file outside the input folder is opened.
@@ -15,10 +19,12 @@ import json
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cli.ending import ending_well, first_line, out_of_memory, tell, warn
 
@@ -42,6 +48,7 @@ from fast.files import (
     write_safetensors,
 )
 from fast.folder import BESIDE, check_folder, files_of, replacing_model
+from fast.gguf import is_gguf, unpack
 from fast.model import check_weights, untied
 from longllama import LongLlama, LongLlamaConfig, require
 from tokenizer import Tokenizer
@@ -209,10 +216,27 @@ def check_folders(source: Path, target: Path, force: bool):
         raise ValueError("--output is the --input folder: name another one")
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
-    check_folder(source)
-    check_folders(source, target, force)
-    config, weights = FastConfig.from_json(source / "config.json"), read_weights(source)
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Path, Callable[[], Weights]]]:
+    """The folder of a model in Hugging Face's layout, and how to find its weights. A GGUF file is unpacked into one, for the time."""
+    if is_gguf(path):
+        with TemporaryDirectory(prefix=f"{path.name}.") as folder:
+            weights = unpack(path, Path(folder))
+            yield Path(folder), lambda: weights
+    else:
+        yield path, partial(read_weights, path)
+
+
+def convert(path: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
+    if not is_gguf(path):
+        check_folder(path)
+    check_folders(path, target, force)
+    with opened(path) as (source, find):
+        convert_folder(source, find, target, dtype, to_hf)
+
+
+def convert_folder(source: Path, find: Callable[[], Weights], target: Path, dtype: torch.dtype | None, to_hf: bool):
+    config, weights = FastConfig.from_json(source / "config.json"), find()
     config = untied(config, weights)
     weights = check_weights(config, weights, source)
     for text in unlike_its_config(source, config):
@@ -234,9 +258,9 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
         write_config(made / "config.json", config, saved, to_hf)
         for name, text in texts.items():
             (made / name).write_text(text, encoding="utf-8")
-        if tokenizer.exists():
-            shutil.copyfile(tokenizer, made / tokenizer.name)
-        else:
+        for path in files_of(source, ("tokenizer.model", "tokenizer.json")):
+            shutil.copyfile(path, made / path.name)
+        if not tokenizer.exists():
             warn(
                 f"{source} has no tokenizer.model, and other kinds of tokenizer are not used; generate.py will need one"
             )
