@@ -21,7 +21,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,8 +31,8 @@ from cli.ending import ending_well, first_line, out_of_memory, tell, warn
 import torch
 from torch import Tensor
 
-from cli.flags import check_new_folder, new_path, parser_for
-from cli.loading import DTYPES, read_tokenizer, unlike_its_config, with_special_ids
+from cli.flags import WINDOW_FLAGS, add_window_flags, check_new_folder, given, new_path, parser_for
+from cli.loading import DTYPES, read_tokenizer, unlike_its_config, with_special_ids, with_window
 from fast import FastConfig
 from fast.files import (
     WEIGHT_DTYPES,
@@ -227,20 +227,29 @@ def opened(path: Path) -> Iterator[tuple[Path, Callable[[], Weights]]]:
         yield path, partial(read_weights, path)
 
 
-def convert(path: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
+def convert(path: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool, **changes):
+    """changes: of the config; None is none."""
     if not is_gguf(path):
         check_folder(path)
     check_folders(path, target, force)
     with opened(path) as (source, find):
-        convert_folder(source, find, target, dtype, to_hf)
+        convert_folder(source, find, target, dtype, to_hf, changes)
 
 
-def convert_folder(source: Path, find: Callable[[], Weights], target: Path, dtype: torch.dtype | None, to_hf: bool):
+def read_model(source: Path, find: Callable[[], Weights], changes: dict) -> tuple[FastConfig, Weights]:
     config, weights = FastConfig.from_json(source / "config.json"), find()
-    config = untied(config, weights)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = untied(replace(config, **with_window(config, changes)), weights)
     weights = check_weights(config, weights, source)
     for text in unlike_its_config(source, config):
         warn(text)
+    return config, weights
+
+
+def convert_folder(
+    source: Path, find: Callable[[], Weights], target: Path, dtype: torch.dtype | None, to_hf: bool, changes: dict
+):
+    config, weights = read_model(source, find, changes)
     tokenizer = source / "tokenizer.model"
     if tokenizer.exists():
         pieces = read_tokenizer(tokenizer)
@@ -268,14 +277,16 @@ def convert_folder(source: Path, find: Callable[[], Weights], target: Path, dtyp
 
 def main():
     parser = parser_for(__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="folder to read")
+    parser.add_argument("--input", type=Path, required=True, help="folder to read, or GGUF file")
     parser.add_argument("--output", type=new_path, required=True, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")
     parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
     parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")
+    add_window_flags(parser)
     args = parser.parse_args()
     with ending_well(parser):
-        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force)
+        changes = given(args, WINDOW_FLAGS)
+        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force, **changes)
         tell(f"wrote {args.output}")
 
 

@@ -185,15 +185,20 @@ def dequantised(tensor, shape: list[int], heads: int | None) -> Tensor:
 
 # What a BPE tokenizer cuts a text into first, by llama.cpp's names, as the tokenizer.json of these models says it: patterns in
 # order, or digits one by one; and whether a piece that is a token needs no merges.
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PATTERNS = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "tekken": TEKKEN, "gpt-2": "", "smollm": "digits"}
+PATTERNS = {
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "tekken": TEKKEN,
+    "gpt-2": "",
+    "smollm": "digits",
+}
 
 
 def tokenizer_files(metadata: dict, config: dict) -> dict[str, bytes]:
@@ -219,7 +224,10 @@ def tokenizer_files(metadata: dict, config: dict) -> dict[str, bytes]:
         said["chat_template"] = metadata["tokenizer.chat_template"]
     if kind == "gpt2":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
-        name, content = "tokenizer.json", bpe(metadata, tokens, types, special["bos"] if said["add_bos_token"] else None)
+        name, content = (
+            "tokenizer.json",
+            bpe(metadata, tokens, types, special["bos"] if said["add_bos_token"] else None),
+        )
     else:
         name, content = "tokenizer.model", sentencepiece(metadata, tokens, types, special)
     return {name: content, "tokenizer_config.json": json.dumps(said, indent=2).encode()}
