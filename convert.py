@@ -8,8 +8,8 @@ Our folder is config.json, one model.safetensors under Hugging Face's tensor nam
 weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept. Small files
 that transformers keeps beside them, as a chat template, come along both ways.
 
-A GGUF file holds a tokenizer and settings too, and what it quantised is stored as float16, of which its blocks are made, if --dtype
-does not say otherwise.
+A GGUF file holds settings and a tokenizer, too. What it quantised is stored as float16, as the scales of its blocks are, if
+--dtype does not say otherwise.
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
 tensors, and no file outside the input folder is opened.
@@ -218,7 +218,7 @@ def check_folders(source: Path, target: Path, force: bool):
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Path, Callable[[], Weights]]]:
-    """The folder of a model in Hugging Face's layout, and how to find its weights. A GGUF file is unpacked into one, for the time."""
+    """The folder of a model in Hugging Face's layout, and how to find its weights. A GGUF file becomes one, for the time."""
     if is_gguf(path):
         with TemporaryDirectory(prefix=f"{path.name}.") as folder:
             weights = unpack(path, Path(folder))

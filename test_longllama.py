@@ -768,9 +768,9 @@ def save(model: LongLlama, folder: Path, **changes):
     (folder / "config.json").write_text(json.dumps(vars(model.config) | changes))
 
 @each_of("changes", [
-    {"hidden_size": 30, "head_dim": None}, {"hidden_size": 36, "head_dim": None}, {"num_key_value_heads": 3}, {"mem_layers": [99]},
-    {"mem_layers": [-1]},
-    {"mem_dtype": "int8"}, {"model_type": "mixtral"}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True},
+    {"hidden_size": 30, "head_dim": None}, {"hidden_size": 36, "head_dim": None}, {"num_key_value_heads": 3},
+    {"mem_layers": [99]}, {"mem_layers": [-1]}, {"mem_dtype": "int8"}, {"model_type": "mixtral"}, {"hidden_act": "gelu"},
+    {"attention_bias": True}, {"mlp_bias": True},
     {"head_dim": 5}, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, {"rope_parameters": {"rope_type": "longrope"}},
     {"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"partial_rotary_factor": 0.5},
     {"sliding_window": 9, "model_type": "mistral"}, {"model_type": "mistral", "max_position_embeddings": 4097},

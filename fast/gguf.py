@@ -2,9 +2,9 @@
 
     weights = unpack(Path("model.gguf"), folder)  # config.json and the tokenizer's files are in the folder then
 
-What is in there is turned into what Hugging Face's layout has: names of tensors and of settings, the order of rows in q and k, and a
-tokenizer.json, or a tokenizer.model for SentencePiece. The package gguf reads the file and dequantises; tokenizers, or protobuf,
-writes the tokenizer. Files are untrusted: what is broken, or would be computed otherwise here, is refused in a line that names it.
+What is in there is turned into what Hugging Face's layout has: names of tensors and of settings, the order of rows in q and k,
+and a tokenizer.json, or a tokenizer.model for SentencePiece. The package gguf reads the file and dequantises; tokenizers, or
+protobuf, writes the tokenizer. Files are untrusted: what is broken, or not computed here, is refused in a line that names it.
 """
 
 import importlib
@@ -131,7 +131,7 @@ def plain(value):
 
 
 def rope_scaling(metadata: dict, config: dict, factors) -> dict | None:
-    """As config.json has it. GGUF has the frequencies' factors instead of Llama 3's settings: they must be those of its settings."""
+    """As config.json has it. Instead of Llama 3's settings GGUF has the factors that follow from them: so they are checked."""
     kind = metadata.get("llama.rope.scaling.type", "none")
     factor = plain(metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0)))
     require(kind in ("none", "linear"), f"llama.rope.scaling.type {kind!r} is not supported, only 'linear'")
