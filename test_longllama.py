@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
 import fast.attention
 import longllama
@@ -182,15 +182,21 @@ LLAMAS = {
     "llama3": {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "head_dim": 32},
 }
 
-def hf_llama(folder, **changes) -> LlamaForCausalLM:
-    """A random LlamaForCausalLM, saved into folder as transformers saves it."""
+def hf_llama(folder, kind=LlamaForCausalLM, **changes) -> LlamaForCausalLM:
+    """A random LlamaForCausalLM, or Mistral, saved into folder as transformers saves it."""
     torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**{
+    model = kind(kind.config_class(**{
         "vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
     } | changes)).eval()
     model.save_pretrained(folder)
     return model
+
+@each_of("sliding_window", [None, 64])
+def test_mistral_is_llama_where_its_window_slides_no_earlier_than_it_ends(sliding_window, kind, tmp_path):
+    reference = hf_llama(tmp_path, MistralForCausalLM, sliding_window=sliding_window, head_dim=24, num_key_value_heads=2)
+    ids = torch.randint(97, (2, 60))
+    assert error(kind.from_pretrained(tmp_path)(ids)[0], reference(ids).logits) < 1e-4
 
 @each_of("name", LLAMAS)
 def test_without_memory_or_with_all_kept_local_it_is_llama_and_padding_changes_nothing(name, padded, kind, tmp_path):

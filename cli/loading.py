@@ -69,9 +69,8 @@ def with_window(config: FastConfig, overrides: dict) -> dict:
         overrides = half | {"keep_local": min(config.keep_local, window // 4)} | overrides
     if new := sorted({*overrides.get("mem_layers", ())} - {*config.mem_layers}):
         layers = f"layer {new[0]} was" if len(new) == 1 else f"layers {', '.join(map(str, new))} were"
-        warn(
-            f"{layers} not trained with a memory: a little of it may help, much of it harms, until the model is tuned with it"
-        )
+        said = "not trained with a memory: a little of it may help, much of it harms, until training/train.py --init tunes it"
+        warn(f"{layers} {said}")
     return overrides
 
 

@@ -761,7 +761,8 @@ def test_a_gguf_file_converts_and_goes_on_to_transformers(tmp_path, capsys, monk
     assert tokenizer.encode("a") == [1, *Tokenizer(ours / "tokenizer.model").sp.encode("a")]
     assert run_convert("--input", file, "--output", back, "--to-hf", "--dtype", "float32") == 0
     ids, right = torch.randint(2048, (1, 40)), random_llama(vocab_size=2048)
-    right.half().float()  # as the matrices are stored; norms are 1
+    for p in right.parameters():
+        p.copy_(p.half())  # as the matrices are stored; norms are 1
     logits = right(ids).logits
     assert (LlamaForCausalLM.from_pretrained(back, dtype=torch.float32)(ids).logits - logits).abs().max() < 1e-4
     assert (model(ids, last_context_length=40)[0] - logits).abs().max() < 1e-4 and model.config.mem_layers == (1,)

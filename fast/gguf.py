@@ -110,16 +110,17 @@ def read_config(metadata: dict, factors) -> dict:
     for name in ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"):
         ggufs = next(theirs for theirs, hf in SETTINGS.items() if hf == name)
         require(name in config, f"it has no llama.{ggufs} in its metadata")
-    counts = [config.setdefault(name, 0) for name in ("hidden_size", "num_attention_heads")]
-    require(all(type(n) is int and n > 0 for n in counts), "llama.attention.head_count must be one number, at least 1")
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    head = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    fits = all(type(n) is int and n > 0 for n in (hidden, heads))
+    require(fits, "llama.embedding_length and attention.head_count must be one number each, at least 1")
+    head = config.setdefault("head_dim", hidden // heads)
+    config = {"num_key_value_heads": heads, "rope_theta": 10000.0} | config
     for name in ("rope.dimension_count", "attention.value_length"):
         value = metadata.get(f"llama.{name}", head)
         require(value == head, f"llama.{name} {value!r} is not supported, only the size of a head, {head}")
     config["rope_scaling"] = rope_scaling(metadata, config, factors)
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(i for i in ends if i is not None)) or [2]
+    ends = list(dict.fromkeys(i for i in ends if type(i) is int)) or [2]
     config |= {"eos_token_id": ends if len(ends) > 1 else ends[0]}
     config |= {"bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", 1)}
     return config | {"model_type": "llama", "hidden_act": "silu"}
@@ -139,8 +140,9 @@ def rope_scaling(metadata: dict, config: dict, factors) -> dict | None:
         return {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None
     require(factor in (0.0, 1.0), f"{FACTORS} and linear scaling, which are there both, are not supported")
     given, D = torch.from_numpy(np.array(factors.data)).flatten().double(), config["head_dim"]
-    require(len(given) == D // 2, f"{FACTORS} has {len(given)} numbers, not {D // 2}")
     original = metadata.get("llama.rope.scaling.original_context_length", 8192)
+    numbers = type(original) is int and type(D) is int and type(config["rope_theta"]) in (int, float)
+    require(numbers and len(given) == D // 2, f"{FACTORS} has {len(given)} numbers, and a head is of size {D!r}")
     scaling = {"rope_type": "llama3", "factor": round(given.max().item(), 4), "low_freq_factor": 1.0}
     scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original}
     turns = original / (2 * math.pi) * config["rope_theta"] ** -(torch.arange(0, D, 2).double() / D)  # (D/2,)
@@ -164,9 +166,9 @@ def as_weight(tensor, config: dict) -> tuple:
     """gguf's tensor, as `Weights` has it. It is read in float32, whatever it is to be stored as."""
     part = re.search(r"\.attn_([qk])\.", tensor.name)
     heads = config["num_attention_heads" if part and part[1] == "q" else "num_key_value_heads"] if part else None
-    fits = heads is None or (type(heads) is int and heads > 0 and tensor.shape[-1] % (2 * heads) == 0)
-    require(fits, f"tensor {tensor.name} is not {heads!r} heads of even size")
     shape = [int(n) for n in reversed(tensor.shape.tolist())]
+    fits = heads is None or (type(heads) is int and heads > 0 and shape and shape[0] % (2 * heads) == 0)
+    require(bool(fits), f"tensor {tensor.name} is not {heads!r} heads of even size")
     return shape, STORED.get(tensor.tensor_type.name, QUANTISED), partial(dequantised, tensor, shape, heads)
 
 
@@ -237,7 +239,10 @@ def bpe(metadata: dict, tokens: list[str], types: list[int], bos: str | None) ->
     """A tokenizer.json. bos: what a text begins with."""
     hf = optional("tokenizers", "tokenizers")
     name, merges = metadata["tokenizer.ggml.pre"], metadata["tokenizer.ggml.merges"]
-    require(name in PATTERNS, f"tokenizer.ggml.pre {name!r} is not supported, only {', '.join(PATTERNS)}")
+    require(
+        isinstance(name, str) and name in PATTERNS,
+        f"tokenizer.ggml.pre {name!r} is not supported, only {', '.join(PATTERNS)}",
+    )
     pairs = [tuple(x.split(" ")) if isinstance(x, str) else () for x in merges] if isinstance(merges, list) else [()]
     require(all(len(pair) == 2 for pair in pairs), "tokenizer.ggml.merges must be a list of pairs")
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -250,7 +255,7 @@ def bpe(metadata: dict, tokens: list[str], types: list[int], bos: str | None) ->
     made.pre_tokenizer = cut.Sequence([first, whole]) if pattern else whole
     made.decoder = hf.decoders.ByteLevel()
     if bos is not None:
-        template = {"single": f"{bos} $A", "pair": f"{bos} $A {bos}:1 $B:1"}
+        template = {"single": [bos, "$A"], "pair": [bos, "$A", f"{bos}:1", "$B:1"]}
         made.post_processor = hf.processors.TemplateProcessing(**template, special_tokens=[(bos, vocabulary[bos])])
     for token, kind in zip(tokens, types):
         if kind in (CONTROL, USER_DEFINED):

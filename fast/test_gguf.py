@@ -4,22 +4,20 @@ import json
 import math
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import torch
+from sentencepiece import SentencePieceProcessor
+from sentencepiece import sentencepiece_model_pb2 as pb
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
-gguf = pytest.importorskip("gguf")
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from sentencepiece import SentencePieceProcessor  # noqa: E402
-from sentencepiece import sentencepiece_model_pb2 as pb  # noqa: E402
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
-from transformers.convert_slow_tokenizer import TikTokenConverter  # noqa: E402
-
-from fast import FastConfig, FastLlama  # noqa: E402
-from fast.files import write_safetensors  # noqa: E402
-from fast.gguf import FACTORS, IN_LAYER, LLAMA3, NAMES, TEKKEN, is_gguf, unpack  # noqa: E402
-from fast.model import check_weights  # noqa: E402
+from fast import FastConfig, FastLlama
+from fast.files import write_safetensors
+from fast.gguf import FACTORS, IN_LAYER, LLAMA3, NAMES, TEKKEN, is_gguf, unpack
+from fast.model import check_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = (ROOT / "tiny" / "book.txt").read_text(encoding="utf-8")
@@ -254,7 +252,9 @@ WRONG = [
     ({"llama.attention.head_count": 0}, "head_count"), ({"llama.attention.head_count": [4, 2]}, "head_count"),
     ({"llama.attention.head_count_kv": [2, 1]}, "heads of even size"),
     ({"llama.attention.head_count_kv": 0}, "heads of even size"),
-    ({"llama.context_length": "long"}, "max_position_embeddings"),
+    ({"llama.context_length": "long"}, "max_position_embeddings"), ({"llama.attention.key_length": "x"}, "rope.dimension_count"),
+    ({"llama.rope.freq_base": "x"}, "rope_theta"), ({"llama.rope.scaling.factor": "x"}, "rope_scaling's factor"),
+    ({"tokenizer.ggml.eos_token_id": [1, 2]}, "eos_token_id"), ({"llama.embedding_length": [64]}, "embedding_length"),
     ({"split.count": 3}, "is one of 3 parts.*--merge"),
     ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model 't5' is not supported"),
     ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "new", "tokenizer.ggml.merges": ["a b"]}, "pre 'new' is not"),
