@@ -310,7 +310,7 @@ def test_conversion_refuses_bad_input_in_one_line(damage, tmp_path, capsys, monk
     elif damage == "wrong_config":
         (theirs / "config.json").write_text(json.dumps(raw | {"intermediate_size": 81}))
     elif damage == "other_kind":
-        (theirs / "config.json").write_text(json.dumps(raw | {"model_type": "mistral"}))
+        (theirs / "config.json").write_text(json.dumps(raw | {"model_type": "qwen2"}))
     assert run_convert("--input", theirs, "--output", theirs if damage == "same_folder" else ours) == 2
     said = one_line(capsys)
     assert said.startswith("convert.py: error: ") and "weights_only" not in said
