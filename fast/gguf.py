@@ -205,44 +205,47 @@ PATTERNS = {
 
 def tokenizer_files(metadata: dict, config: dict) -> dict[str, bytes]:
     """The files of the tokenizer, by name."""
-    kind, tokens = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.tokens"]
-    types = metadata["tokenizer.ggml.token_type"]
+    kind = metadata["tokenizer.ggml.model"]
     require(kind in ("gpt2", "llama"), f"tokenizer.ggml.model {kind!r} is not supported, only 'gpt2' and 'llama'")
-    lists = isinstance(tokens, list) and isinstance(types, list) and len(tokens) == len(types) > 0
-    fits = lists and all(isinstance(x, str) for x in tokens) and all(isinstance(i, int) for i in types)
-    require(fits, "tokenizer.ggml.tokens and token_type must be lists of one length, of texts and of numbers")
-    require(len({*tokens}) == len(tokens), "tokenizer.ggml.tokens has a text twice")
-    require(len(tokens) <= config["vocab_size"], f"{len(tokens)} tokens, and {config['vocab_size']} embeddings")
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
-    for name, i in ids.items():
-        fits = i is None or (type(i) is int and 0 <= i < len(tokens))
-        require(fits, f"tokenizer.ggml.{name}_token_id {i!r} is none of {len(tokens)} tokens")
-    special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    bos = metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") not in ("gpt-2", "smollm"))
-    said = {f"{name[:3]}_token": text for name, text in special.items()} | {"add_bos_token": bos and "bos" in special}
+    tokens, types, special = tokens_of(metadata, config["vocab_size"])
+    begins = metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") not in ("gpt-2", "smollm"))
+    bos = special.get("bos") if begins else None
+    said = {f"{name}_token": text for name, text in special.items()} | {"add_bos_token": bos is not None}
     said |= {"add_eos_token": False, "clean_up_tokenization_spaces": False}
     said |= {"model_max_length": config["max_position_embeddings"]}
     if isinstance(metadata.get("tokenizer.chat_template"), str):
         said["chat_template"] = metadata["tokenizer.chat_template"]
     if kind == "gpt2":
-        said["tokenizer_class"] = "PreTrainedTokenizerFast"
-        name, content = (
-            "tokenizer.json",
-            bpe(metadata, tokens, types, special["bos"] if said["add_bos_token"] else None),
-        )
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it is
+        files = {"tokenizer.json": bpe(metadata, tokens, types, bos)}
     else:
-        name, content = "tokenizer.model", sentencepiece(metadata, tokens, types, special)
-    return {name: content, "tokenizer_config.json": json.dumps(said, indent=2).encode()}
+        files = {"tokenizer.model": sentencepiece(metadata, tokens, types, special)}
+    return files | {"tokenizer_config.json": json.dumps(said, indent=2).encode()}
+
+
+def tokens_of(metadata: dict, most: int) -> tuple[list[str], list[int], dict[str, str]]:
+    """The tokens, their types, and those that are bos, eos, unk and pad."""
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    lists = isinstance(tokens, list) and isinstance(types, list) and len(tokens) == len(types) > 0
+    fits = lists and all(isinstance(x, str) for x in tokens) and all(isinstance(i, int) for i in types)
+    require(fits, "tokenizer.ggml.tokens and token_type must be lists of one length, of texts and of numbers")
+    require(len({*tokens}) == len(tokens), "tokenizer.ggml.tokens has a text twice")
+    require(len(tokens) <= most, f"there are {len(tokens)} tokens, and {most} embeddings")
+    special = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        fits = i is None or (type(i) is int and 0 <= i < len(tokens))
+        require(fits, f"tokenizer.ggml.{name}_token_id {i!r} is none of {len(tokens)} tokens")
+        special |= {} if i is None else {name[:3]: tokens[i]}
+    return tokens, types, special
 
 
 def bpe(metadata: dict, tokens: list[str], types: list[int], bos: str | None) -> bytes:
     """A tokenizer.json. bos: what a text begins with."""
     hf = optional("tokenizers", "tokenizers")
     name, merges = metadata["tokenizer.ggml.pre"], metadata["tokenizer.ggml.merges"]
-    require(
-        isinstance(name, str) and name in PATTERNS,
-        f"tokenizer.ggml.pre {name!r} is not supported, only {', '.join(PATTERNS)}",
-    )
+    known = isinstance(name, str) and name in PATTERNS
+    require(known, f"tokenizer.ggml.pre {name!r} is not supported, only {', '.join(PATTERNS)}")
     pairs = [tuple(x.split(" ")) if isinstance(x, str) else () for x in merges] if isinstance(merges, list) else [()]
     require(all(len(pair) == 2 for pair in pairs), "tokenizer.ggml.merges must be a list of pairs")
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -276,8 +279,8 @@ def sentencepiece(metadata: dict, tokens: list[str], types: list[int], special: 
     trainer.model_type, trainer.vocab_size = pb.TrainerSpec.BPE, len(tokens)
     trainer.byte_fallback = 6 in types
     for name, text in special.items():
-        setattr(trainer, f"{name[:3]}_piece", text)
-        setattr(trainer, f"{name[:3]}_id", tokens.index(text))
+        setattr(trainer, f"{name}_piece", text)
+        setattr(trainer, f"{name}_id", tokens.index(text))
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     normalizer.remove_extra_whitespaces = bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False))
