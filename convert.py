@@ -1,11 +1,15 @@
-"""Turns Hugging Face folders of LLaMA and LongLLaMA into ours, and back.
+"""Turns Hugging Face folders of LLaMA and LongLLaMA, or GGUF files, into ours, and back.
 
     python convert.py --input HF_DIR --output DIR --dtype bfloat16      # pytorch_model.bin or safetensors, whole or sharded
+    python convert.py --input model.gguf --output DIR                   # llama.cpp's, dequantised
     python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
 
 Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model, or for want of it
 tokenizer.json. Going back, the weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its
 memory settings kept. Small files that transformers keeps beside them, as a chat template, come along both ways.
+
+A GGUF file holds settings and a tokenizer, too. What it quantised is stored as float16, as the scales of its blocks are, if
+--dtype does not say otherwise.
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
 tensors, and no file outside the input folder is opened.
@@ -14,18 +18,28 @@ tensors, and no file outside the input folder is opened.
 import json
 import warnings
 import zipfile
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cli.ending import ending_well, first_line, out_of_memory, tell, warn
 
 import torch
 from torch import Tensor
 
-from cli.flags import check_new_folder, new_path, parser_for
-from cli.loading import DTYPES, copy_tokenizer, read_tokenizer, tokenizer_in, unlike_its_config, with_special_ids
+from cli.flags import WINDOW_FLAGS, add_window_flags, check_new_folder, given, new_path, parser_for
+from cli.loading import (
+    DTYPES,
+    copy_tokenizer,
+    read_tokenizer,
+    tokenizer_in,
+    unlike_its_config,
+    with_special_ids,
+    with_window,
+)
 from fast import FastConfig
 from fast.files import (
     WEIGHT_DTYPES,
@@ -41,6 +55,7 @@ from fast.files import (
     write_safetensors,
 )
 from fast.folder import BESIDE, check_folder, files_of, replacing_model
+from fast.gguf import is_gguf, unpack
 from fast.model import check_weights, untied
 from longllama import LongLlama, LongLlamaConfig, require
 from tokenizer import SentencePieceTokenizer, Tokenizer, content
@@ -217,14 +232,40 @@ def check_folders(source: Path, target: Path, force: bool):
         raise ValueError("--output is the --input folder: name another one")
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
-    check_folder(source)
-    check_folders(source, target, force)
-    config, weights = FastConfig.from_json(source / "config.json"), read_weights(source)
-    config = untied(config, weights)
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Path, Callable[[], Weights]]]:
+    """The folder of a model in Hugging Face's layout, and how to find its weights. A GGUF file becomes one, for the time."""
+    if is_gguf(path):
+        with TemporaryDirectory(prefix=f"{path.name}.") as folder:
+            weights = unpack(path, Path(folder))
+            yield Path(folder), lambda: weights
+    else:
+        yield path, partial(read_weights, path)
+
+
+def convert(path: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool, **changes):
+    """changes: of the config; None is none."""
+    if not is_gguf(path):
+        check_folder(path)
+    check_folders(path, target, force)
+    with opened(path) as (source, find):
+        convert_folder(source, find, target, dtype, to_hf, changes)
+
+
+def read_model(source: Path, find: Callable[[], Weights], changes: dict) -> tuple[FastConfig, Weights]:
+    config, weights = FastConfig.from_json(source / "config.json"), find()
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = untied(replace(config, **with_window(config, changes)), weights)
     weights = check_weights(config, weights, source)
     for text in unlike_its_config(source, config):
         warn(text)
+    return config, weights
+
+
+def convert_folder(
+    source: Path, find: Callable[[], Weights], target: Path, dtype: torch.dtype | None, to_hf: bool, changes: dict
+):
+    config, weights = read_model(source, find, changes)
     tokenizer = tokenizer_in(source)
     if tokenizer.exists():
         pieces = read_tokenizer(tokenizer)
@@ -250,14 +291,16 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
 
 def main():
     parser = parser_for(__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="folder to read")
+    parser.add_argument("--input", type=Path, required=True, help="folder to read, or GGUF file")
     parser.add_argument("--output", type=new_path, required=True, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")
     parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
     parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")
+    add_window_flags(parser)
     args = parser.parse_args()
     with ending_well(parser):
-        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force)
+        changes = given(args, WINDOW_FLAGS)
+        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force, **changes)
         tell(f"wrote {args.output}")
 
 

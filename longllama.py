@@ -52,6 +52,8 @@ class LongLlamaConfig:
     max_position_embeddings: int = 2048  # "the window"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # rope_type and its numbers
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
     last_context_length: int = 1024  # newest prompt tokens that stay local
     mem_layers: tuple[int, ...] = ()  # those with a memory
     mem_positionals: bool = True  # False: memory layers do not rotate
@@ -68,15 +70,13 @@ class LongLlamaConfig:
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         vars(self).update(num_key_value_heads=groups, mem_layers=tuple(self.mem_layers), pad_token_id=max(self.pad_token_id, 0))
-        require(self.hidden_size % (2 * heads) == 0, f"hidden_size {self.hidden_size} is not {heads} heads of even size")
+        size = self.head_dim or self.hidden_size / heads
+        require(size % 2 == 0, f"head_dim {size} of hidden_size {self.hidden_size} is not even")
+        vars(self).update(head_dim=int(size))
         require(heads % groups == 0, f"num_key_value_heads {groups} must divide num_attention_heads")
         fits = all(i in range(self.num_hidden_layers) for i in self.mem_layers)
         require(fits, f"mem_layers {self.mem_layers} must be of 0 to {self.num_hidden_layers - 1}")
         require(self.mem_dtype in self.MEM_DTYPES, f"mem_dtype must be one of {self.MEM_DTYPES}, not {self.mem_dtype!r}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     def rotates(self, layer: int) -> bool:
         return self.mem_positionals or layer not in self.mem_layers
@@ -86,10 +86,15 @@ class LongLlamaConfig:
         """Of transformers 4 or 5; ValueError for what is not supported."""
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        raw |= rope | {"rope_type": rope.get("rope_type", rope.get("type"))}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        scaling = {"rope_type": kind} | {name: x for name, x in rope.items() if name not in ("type", "rope_theta")}
+        raw |= rope | {"rope_type": kind, "rope_scaling": None if kind == "default" else scaling}
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
-        allowed = {"model_type": ("llama", "longllama"), "rope_type": ("default",), "hidden_act": ("silu",), "mem_topk": ()}
-        allowed |= {"head_dim": (config.head_dim,), "attention_bias": (False,), "mlp_bias": (False,), "mem_device": ()}
+        slides = raw.get("model_type") == "mistral" and raw.get("sliding_window", 4096) or torch.inf
+        require(slides >= config.max_position_embeddings, f"sliding_window {slides} is below max_position_embeddings")
+        allowed = {"model_type": ("llama", "longllama", "mistral"), "rope_type": ("default", "linear", "llama3")}
+        allowed |= {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1,)}
+        allowed |= {"mem_topk": (), "mem_device": ()}
         for name in allowed.keys() - cls.__dataclass_fields__:  # subclasses have more
             require(raw.get(name) in (None, *allowed[name]), f"{name} {raw.get(name)!r} is not supported, only {allowed[name]}")
         return replace(config, **overrides)
@@ -105,6 +110,13 @@ class RMSNorm(nn.RMSNorm):
 def rope_table(start: int | Tensor, T: int, config: LongLlamaConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (T, D/2), float32, at positions from start on (Su et al. 2021)."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # (D/2,)
+    if rope := config.rope_scaling:  # slower, but what turns often in Llama 3's first window
+        kept = 0
+        if rope["rope_type"] == "llama3":
+            turns = frequency * rope["original_max_position_embeddings"] / (2 * torch.pi)
+            low = rope["low_freq_factor"]
+            kept = ((turns - low) / (rope["high_freq_factor"] - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / rope["factor"])
     angle = (start + torch.arange(T, device=device)).float().outer(frequency)  # (T, D/2)
     return angle.cos(), angle.sin()
 
@@ -376,7 +388,7 @@ class Block(nn.Module):
         self.H, self.G, self.D, self.rotates = config.num_attention_heads, config.num_key_value_heads, config.head_dim, rotates
         C, linear = config.hidden_size, partial(nn.Linear, bias=False)
         self.input_layernorm = RMSNorm(C, config.rms_norm_eps)
-        self.qkv_proj, self.o_proj = linear(C, (self.H + 2 * self.G) * self.D), linear(C, C)
+        self.qkv_proj, self.o_proj = linear(C, (self.H + 2 * self.G) * self.D), linear(self.H * self.D, C)
         self.post_attention_layernorm = RMSNorm(C, config.rms_norm_eps)
         self.gate_up_proj, self.down_proj = linear(C, 2 * config.intermediate_size), linear(config.intermediate_size, C)
 
@@ -549,12 +561,12 @@ class LongLlama(nn.Module):
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """Views of the weights, by Hugging Face's names: q, k, v are one matrix here, and gate, up."""
-        C, kv, tensors = self.config.hidden_size, self.layers[0].G * self.layers[0].D, {}
+        kv, tensors = self.layers[0].G * self.layers[0].D, {}
         theirs = {"qkv_proj": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "o_proj": "self_attn.o_proj"}
         theirs |= {"gate_up_proj": "mlp.gate_proj mlp.up_proj", "down_proj": "mlp.down_proj"}
         for name, parameter in self.named_parameters():
             ours, prefix = name.split(".")[-2], "" if name.startswith("lm_head") else "model."
             names = theirs.get(ours, ours).split()
-            parts = parameter.detach().split((C, kv, kv) if ours == "qkv_proj" else len(parameter) // len(names))
+            parts = parameter.detach().tensor_split((-2 * kv, -kv) if ours == "qkv_proj" else len(names))
             tensors |= {prefix + name.replace(ours, their): part for their, part in zip(names, parts)}
         return tensors

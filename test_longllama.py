@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
 import fast.attention
 import longllama
@@ -171,21 +171,32 @@ def test_half_precision_with_memory_stays_near_the_original(dtype, kind, device)
 
 # --------------------------------------------------------------------------- 2. Without memory it is transformers' LLaMA
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 24}  # in windows of 64; some frequencies stay, some become slow, some are between
 LLAMAS = {
     "plain": {}, "grouped_query": {"num_key_value_heads": 2}, "one_key_value_head": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True}, "large_eps": {"rms_norm_eps": 1e-2}, "heads_of_2": {"num_attention_heads": 32},
     "rope_theta_1e6": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "heads_apart": {"head_dim": 24, "num_key_value_heads": 2}, "heads_small": {"head_dim": 8},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}},
+    "llama3": {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "head_dim": 32},
 }
 
-def hf_llama(folder, **changes) -> LlamaForCausalLM:
-    """A random LlamaForCausalLM, saved into folder as transformers saves it."""
+def hf_llama(folder, kind=LlamaForCausalLM, **changes) -> LlamaForCausalLM:
+    """A random LlamaForCausalLM, or Mistral, saved into folder as transformers saves it."""
     torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**{
+    model = kind(kind.config_class(**{
         "vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
     } | changes)).eval()
     model.save_pretrained(folder)
     return model
+
+@each_of("sliding_window", [None, 64])
+def test_mistral_is_llama_where_its_window_slides_no_earlier_than_it_ends(sliding_window, kind, tmp_path):
+    reference = hf_llama(tmp_path, MistralForCausalLM, sliding_window=sliding_window, head_dim=24, num_key_value_heads=2)
+    ids = torch.randint(97, (2, 60))
+    assert error(kind.from_pretrained(tmp_path)(ids)[0], reference(ids).logits) < 1e-4
 
 @each_of("name", LLAMAS)
 def test_without_memory_or_with_all_kept_local_it_is_llama_and_padding_changes_nothing(name, padded, kind, tmp_path):
@@ -763,14 +774,18 @@ def save(model: LongLlama, folder: Path, **changes):
     (folder / "config.json").write_text(json.dumps(vars(model.config) | changes))
 
 @each_of("changes", [
-    {"hidden_size": 30}, {"hidden_size": 36}, {"num_key_value_heads": 3}, {"mem_layers": [99]}, {"mem_layers": [-1]},
-    {"mem_dtype": "int8"}, {"model_type": "mistral"}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True},
-    {"head_dim": 4}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},
-    {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"hidden_size": 30, "head_dim": None}, {"hidden_size": 36, "head_dim": None}, {"num_key_value_heads": 3},
+    {"mem_layers": [99]}, {"mem_layers": [-1]}, {"mem_dtype": "int8"}, {"model_type": "mixtral"}, {"hidden_act": "gelu"},
+    {"attention_bias": True}, {"mlp_bias": True},
+    {"head_dim": 5}, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, {"rope_parameters": {"rope_type": "longrope"}},
+    {"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"partial_rotary_factor": 0.5},
+    {"sliding_window": 9, "model_type": "mistral"}, {"model_type": "mistral", "max_position_embeddings": 4097},
 ], ids=str)
 def test_what_cannot_be_computed_is_refused_by_name(changes, kind, tmp_path):
     save(small_model(kind), tmp_path, **changes)
-    with pytest.raises(ValueError, match="rope_type" if "rope" in str(changes) else next(iter(changes))):
+    said = str(changes)
+    named = "rope_type" if "rope" in said else "sliding_window" if "mistral" in said else next(iter(changes))
+    with pytest.raises(ValueError, match=named):
         kind.from_pretrained(tmp_path)
 
 @each_of("name, value", [("mem_topk", 5), ("mem_device", "cpu"), ("mem_dtype", "float8_e4m3fn")], ids=str)
@@ -785,8 +800,14 @@ def test_what_only_the_fast_model_computes_is_refused_by_name(name, value, tmp_p
       "dtype": "float16"}, {"rope_theta": 5e5}),
     ({"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "unknown": 1, "mem_layers": [6, 12, 18]},
      {"rope_theta": 1e6, "mem_layers": (6, 12, 18)}),
+    ({"rope_theta": 5e5, "rope_scaling": LLAMA3, "head_dim": 64}, {"rope_theta": 5e5, "rope_scaling": LLAMA3, "head_dim": 64}),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "eos_token_id": [2, 3]},
+     {"rope_theta": 5e5, "rope_scaling": LLAMA3, "eos_token_id": [2, 3]}),
+    ({"model_type": "mistral", "sliding_window": None}, {}),
+    ({"model_type": "mistral", "sliding_window": 2048}, {}), ({"model_type": "llama", "sliding_window": 8}, {}),
     ({"pad_token_id": -1}, {"pad_token_id": 0}),  # as in LLaMA's first ones, which had none
-], ids=["transformers 5", "older", "the first"])
+], ids=["transformers 5", "older", "Llama 3", "linear", "Llama 3 in 5", "Mistral", "wide", "not in LLaMA", "the first"])
 @each_of("config_class", [LongLlamaConfig, FastConfig])
 def test_configs_of_transformers_5_and_of_older_releases_are_read(config_class, raw, right, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -840,7 +861,7 @@ def test_the_file_is_short_and_its_functions_are_an_idea_comes_early_and_it_impo
     functions = [x for x in nodes if isinstance(x, ast.FunctionDef)]
     assert min(x.lineno for x in functions if x.name in ("merge", "attend")) < 150
     assert [x.name for x in functions if x.end_lineno - x.lineno + 1 > 30] == []
-    assert len(FILE.splitlines()) <= 560 and len(FILE.encode()) <= 32256
+    assert len(FILE.splitlines()) <= 572 and len(FILE.encode()) <= 33137
     imports = [x for x in nodes if isinstance(x, (ast.Import, ast.ImportFrom))]
     names = {(getattr(x, "module", None) or alias.name).split(".")[0] for x in imports for alias in x.names}
     assert names - sys.stdlib_module_names == {"torch", "safetensors"}

@@ -131,12 +131,27 @@ def add_own_memory_flag(parser: argparse.ArgumentParser):
     parser.add_argument("--memory", metavar="FILE.py:CLASS", help="a memory of your own, see examples/own_memory.py")
 
 
-MEMORY_FLAGS = ("last_context_length", "mem_dtype", "mem_device", "mem_topk", "keep_local")
+WINDOW_FLAGS = ("mem_layers", "max_position_embeddings")
+
+
+def add_window_flags(parser: argparse.ArgumentParser):
+    """WINDOW_FLAGS, for `with_window`."""
+    add, layers, window = (
+        parser.add_argument,
+        "layers with a memory, from 0 on",
+        "a window smaller than the model's own",
+    )
+    add("--mem-layers", type=number(int, 0), nargs="+", metavar="I", help=layers)
+    add("--window", type=number(int, 1), dest="max_position_embeddings", metavar="N", help=window)
+
+
+MEMORY_FLAGS = (*WINDOW_FLAGS, "last_context_length", "mem_dtype", "mem_device", "mem_topk", "keep_local")
 
 
 def add_memory_flags(parser: argparse.ArgumentParser):
     """MEMORY_FLAGS, which override config.json, and --memory."""
     add, count = parser.add_argument, number(int, 1)
+    add_window_flags(parser)
     add("--last-context-length", type=count, metavar="N", help="this many tokens at a text's end stay local")
     add(
         "--keep-local", type=number(int, 0), metavar="N", help="when the window is full, its newest N tokens stay local"

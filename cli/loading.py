@@ -44,8 +44,8 @@ def load(
     check_folder(folder)
     tokenizer = read_tokenizer(tokenizer_in(folder))
     dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    overrides = {name: value for name, value in overrides.items() if value is not None}
     config = with_special_ids(FastConfig.from_json(folder / "config.json"), tokenizer, folder)
+    overrides = with_window(config, {name: value for name, value in overrides.items() if value is not None})
     overrides |= {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     model = FastLlama.from_pretrained(folder, device, dtype, **overrides)
     for text in unlike_its_config(folder, model.config):
@@ -53,6 +53,25 @@ def load(
     if memory is not None:
         model.use_memory(own_memory(memory))
     return model, tokenizer
+
+
+def with_window(config: FastConfig, overrides: dict) -> dict:
+    """Overrides of a model's config, completed where they name a window or layers with a memory; with a warning for layers that
+    were not trained with one. Raises ValueError for a window that is larger than the model's own."""
+    own = config.max_position_embeddings
+    window = overrides.get("max_position_embeddings", own)
+    if window > own:
+        raise ValueError(
+            f"--window {window} is larger than the model's own, {own}: memory reads longer texts, --mem-layers"
+        )
+    if window < own:  # the end of a prompt, and as much again after it, fit
+        half = {"last_context_length": min(config.last_context_length, max(window // 2, 1))}
+        overrides = half | {"keep_local": min(config.keep_local, window // 4)} | overrides
+    if new := sorted({*overrides.get("mem_layers", ())} - {*config.mem_layers}):
+        layers = f"layer {new[0]} was" if len(new) == 1 else f"layers {', '.join(map(str, new))} were"
+        said = "not trained with a memory: a little of it may help, much of it harms, until training/train.py --init tunes it"
+        warn(f"{layers} {said}")
+    return overrides
 
 
 TOKENIZERS = {  # what may lie under the name of a tokenizer.model, by its first bytes
@@ -169,6 +188,8 @@ def overflow_warnings(T: int, new: int, model: FastLlama, cache: Cache) -> Itera
     config = model.config
     start, stop, keep = split_into_windows(T, config.last_context_length, cache, config)[-1]
     window, local = config.max_position_embeddings, keep + stop - start
+    if not config.mem_layers and local > window:  # which the model refuses
+        yield f"{local} tokens exceed the window of {window}, and the model has no memory: --mem-layers gives it one"
     if (
         not config.mem_layers and local <= window < local + new - 1
     ):  # the last one is not read; a longer prompt is refused

@@ -34,7 +34,7 @@ def check_longest(prompts: dict[str, list[int]], new: int, model: FastLlama, cac
     config, (name, longest) = model.config, max(prompts.items(), key=lambda item: len(item[1]))
     T, window = cache.local_length + len(longest), config.max_position_embeddings
     if not config.mem_layers and T + max(new, 1) - 1 > window:  # the last one is not read
-        raise ValueError(f"{name}: {T} tokens and {new} new ones exceed the window of {window}, without memory layers")
+        raise ValueError(f"{name}: {T} tokens and {new} new ones exceed the window of {window}, without --mem-layers")
     for text in overflow_warnings(len(longest), new, model, cache):
         yield f"{name}: {text}"
 

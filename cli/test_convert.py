@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from cli.test_json_tokenizer import write_tokenizer
 from cli.test_tokenizer import PATHS as TOKENIZERS
 from cli.test_tokenizer import TEXTS
 from fast import FastConfig, FastLlama
+from fast.test_gguf import random_llama, whole
 from fast.test_model import small_model
-from longllama import LongLlama, LongLlamaConfig
+from longllama import LongLlama, LongLlamaConfig, rope_table
 from tokenizer import Tokenizer
 
 TESTDATA = ROOT / "testdata"
@@ -309,7 +311,7 @@ def test_conversion_refuses_bad_input_in_one_line(damage, tmp_path, capsys, monk
     elif damage == "wrong_config":
         (theirs / "config.json").write_text(json.dumps(raw | {"intermediate_size": 81}))
     elif damage == "other_kind":
-        (theirs / "config.json").write_text(json.dumps(raw | {"model_type": "mistral"}))
+        (theirs / "config.json").write_text(json.dumps(raw | {"model_type": "qwen2"}))
     assert run_convert("--input", theirs, "--output", theirs if damage == "same_folder" else ours) == 2
     said = one_line(capsys)
     assert said.startswith("convert.py: error: ") and "weights_only" not in said
@@ -711,3 +713,89 @@ def test_settings_of_memory_go_to_transformers_and_come_back(tmp_path):
     for folder in ("hf", "b"):
         assert FastConfig.from_json(tmp_path / folder / "config.json") == model.config
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("release", [4, 5])
+def test_a_checkpoint_in_the_form_of_llama_3_2_converts_and_goes_back(release, tmp_path, capsys):
+    """Its config.json as it was released, for transformers 4, or as transformers 5 writes it again; but for the sizes."""
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    scaling = {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }  # fmt: skip
+    sizes = {"head_dim": 32, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05}
+    sizes |= {"tie_word_embeddings": True, "bos_token_id": 90, "eos_token_id": [91, 92, 93], "pad_token_id": None}
+    reference = hf_llama(theirs, rope_parameters=scaling | {"rope_theta": 500000.0}, **sizes)
+    raw = json.loads((theirs / "config.json").read_text())
+    if release == 4:
+        del raw["rope_parameters"]
+        raw |= {"rope_theta": 500000.0, "rope_scaling": scaling, "torch_dtype": "float32", "pretraining_tp": 1}
+        (theirs / "config.json").write_text(json.dumps(raw))
+    generation = {"bos_token_id": 90, "do_sample": True, "eos_token_id": [91, 93], "temperature": 0.6, "top_p": 0.9}
+    (theirs / "generation_config.json").write_text(json.dumps(generation))
+    assert run_convert("--input", theirs, "--output", ours) == 0
+    assert run_convert("--input", ours, "--output", back, "--to-hf") == 0
+    ids = torch.randint(90, (1, 40))
+    for kind, ends in ((FastLlama, (91, 93)), (LongLlama, [91, 93])):
+        model = kind.from_pretrained(ours)
+        assert (model(ids)[0] - reference(ids).logits).abs().max() < 1e-4
+        assert model.config.eos_token_id == ends and model.config.rope_scaling == scaling
+    again, config = LlamaForCausalLM.from_pretrained(back), LlamaConfig.from_pretrained(theirs)
+    assert torch.equal(again(ids).logits, reference(ids).logits)
+    for name in ("rope_parameters", "head_dim", "tie_word_embeddings", "max_position_embeddings"):
+        assert getattr(again.config, name) == getattr(config, name)
+    for start in (0, 8000, 100000):  # cosines: float32 angles of 100,000 are 0.008 apart
+        x, at = torch.zeros(1), torch.arange(start, start + 400)[None]
+        right = [table[0, :, :16] for table in reference.model.rotary_emb(x, at)]
+        table = rope_table(start, 400, model.config, torch.device("cpu"))
+        assert all((a - b).abs().max() < 1e-4 + start * 2**-23 for a, b in zip(table, right))
+
+
+@torch.no_grad()
+def test_mem_layers_and_window_put_memory_on_a_plain_llama(tmp_path, capsys):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 32}
+    hf_llama(tmp_path / "theirs", rope_parameters=scaling | {"rope_theta": 500.0})
+    (tmp_path / "theirs" / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    convert_it = ("--input", tmp_path / "theirs", "--output", tmp_path / "ours", "--force")
+    assert run_convert(*convert_it, "--mem-layers", 1, 2, "--window", 16) == 0
+    err = capsys.readouterr().err
+    assert "layers 1, 2 were not trained with a memory" in err
+    config = FastConfig.from_json(tmp_path / "ours" / "config.json")
+    assert (config.mem_layers, config.max_position_embeddings, config.last_context_length) == ((1, 2), 16, 8)
+    assert config.rope_scaling == scaling
+    ids = torch.randint(97, (1, 60))
+    by_hand = {"mem_layers": (1, 2), "max_position_embeddings": 16, "last_context_length": 8}
+    right, cache = LongLlama.from_pretrained(tmp_path / "theirs", **by_hand)(ids)
+    assert (cache.local_length, cache.memory_length) == (8, 52)
+    assert (FastLlama.from_pretrained(tmp_path / "ours")(ids)[0] - right).abs().max() < 1e-4
+    assert run_convert("--input", tmp_path / "ours", "--output", tmp_path / "b", "--mem-layers", 1) == 0
+    assert "not trained" not in capsys.readouterr().err  # its config.json says that it has a memory
+    assert run_convert(*convert_it, "--window", 65) == 2
+    assert "--window 65 is larger than the model's own, 64" in one_line(capsys)
+    assert run_convert(*convert_it, "--mem-layers", 3) == 2
+    assert "mem_layers (3,) must be of 0 to 2" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_gguf_file_converts_and_goes_on_to_transformers(tmp_path, capsys, monkeypatch):
+    file, ours, back = whole(tmp_path, kind="F16", vocabulary=2048), tmp_path / "ours", tmp_path / "back"
+    assert run_convert("--input", file, "--output", ours, "--mem-layers", 1) == 0
+    model, tokenizer = load(ours, torch.device("cpu"))
+    assert tokenizer.encode("a") == [1, *Tokenizer(ours / "tokenizer.model").sp.encode("a")]
+    assert run_convert("--input", file, "--output", back, "--to-hf", "--dtype", "float32") == 0
+    ids, right = torch.randint(2048, (1, 40)), random_llama(vocab_size=2048)
+    for p in right.parameters():
+        p.copy_(p.half())  # as the matrices are stored; norms are 1
+    logits = right(ids).logits
+    assert (LlamaForCausalLM.from_pretrained(back, dtype=torch.float32)(ids).logits - logits).abs().max() < 1e-4
+    assert (model(ids, last_context_length=40)[0] - logits).abs().max() < 1e-4 and model.config.mem_layers == (1,)
+    capsys.readouterr()
+    assert run_convert("--input", tmp_path, "--output", tmp_path / "c") == 2
+    assert "convert.py makes a folder of one, by --input FILE.gguf" in one_line(capsys)
+    for package in ("gguf", "sentencepiece.sentencepiece_model_pb2"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, package, None)
+            assert run_convert("--input", file, "--output", tmp_path / "c") == 2
+        assert "pip install" in one_line(capsys) and not (tmp_path / "c").exists()

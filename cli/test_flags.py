@@ -252,7 +252,7 @@ def test_a_text_that_a_model_without_memory_ends_in_its_midst_is_warned_of():
         return list(overflow_warnings(T, new, model, cache or model.new_cache()))
 
     assert warned(10, 7) == [] and "--max-new-tokens 7 avoids it" in warned(10, 8)[0]
-    assert warned(17, 1) == []  # which is refused before anything is written
+    assert "--mem-layers gives it one" in warned(17, 1)[0]  # which is refused before anything is written
     _, cache = model(torch.ones(1, 9, dtype=torch.long))
     assert warned(1, 7, cache) == [] and "--max-new-tokens 7 avoids it" in warned(1, 8, cache)[0]
     ids = torch.ones(1, 10, dtype=torch.long)

@@ -104,3 +104,16 @@ def test_ids_of_another_tokenizer_are_its_own(tmp_path, capsys):
 def test_ids_that_are_none_of_the_model_are_refused_by_the_file_that_has_them(files, named, tmp_path):
     with pytest.raises(ValueError, match=named):
         load(folder_with(tmp_path / "m", **files), CPU)
+
+
+def test_a_window_and_layers_with_a_memory_may_be_named_and_what_was_not_trained_is_warned_of(capsys):
+    model, _ = load(TINY, CPU, mem_layers=[1, 3], max_position_embeddings=64)
+    config = model.config
+    assert (config.mem_layers, config.max_position_embeddings, config.last_context_length) == ((1, 3), 64, 32)
+    assert "warning: layer 1 was not trained with a memory" in capsys.readouterr().err
+    model, _ = load(TINY, CPU, mem_layers=[3], max_position_embeddings=64, last_context_length=50, keep_local=None)
+    assert model.config.last_context_length == 50 and capsys.readouterr().err == ""
+    model, _ = load(TINY, CPU, max_position_embeddings=256)
+    assert model.config == load(TINY, CPU)[0].config
+    with pytest.raises(ValueError, match="--window 257 is larger than the model's own, 256"):
+        load(TINY, CPU, max_position_embeddings=257)

@@ -343,7 +343,9 @@ def memory_settings(args: argparse.Namespace) -> dict:
     settings, file = given(args, MEMORY_FLAGS), args.model / "config.json"
     if args.keep_local is None and file.is_file():
         config = FastConfig.from_json(file)
-        settings["keep_local"] = config.keep_local or config.max_position_embeddings // 4
+        settings["keep_local"] = (
+            config.keep_local or (args.max_position_embeddings or config.max_position_embeddings) // 4
+        )
     return settings
 
 

@@ -299,7 +299,10 @@ def test_tokens_can_be_added(folder, tmp_path):
 @pytest.mark.parametrize(
     "wrong, named",
     [
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "^rope_type 'linear'"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "^rope_scaling's rope_type 'dynamic'",
+        ),
         ({"mem_layers": [7]}, "^mem_layers"),
         ({"mem_dtype": "int8"}, "^mem_dtype"),
         ({"attention_bias": True}, "^attention_bias True"),

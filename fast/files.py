@@ -28,7 +28,7 @@ STARTS = {  # what may lie under the name of a model's file, by its first bytes
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned",
     b"<!doctype html": "a web page: download the file itself",
     b"<html": "a web page: download the file itself",
-    b"gguf": "a GGUF file, for llama.cpp: get the model in Hugging Face's layout",
+    b"gguf": "a GGUF file, for llama.cpp: convert.py makes a folder of it, by --input FILE.gguf",
     b"\x1f\x8b": "packed by gzip: unpack it",
     b"\xef\xbb\xbf": "text with a byte-order mark: save it as UTF-8 without one",
     b"\xff\xfe": "text in UTF-16: save it as UTF-8",

@@ -24,6 +24,10 @@ from fast.steps import Steps, captured, compile_blocks, compile_step, compiled, 
 from longllama import Cache, LongLlama, LongLlamaConfig, merge, require
 
 MEM_DTYPES = (*LongLlamaConfig.MEM_DTYPES, "float8_e4m3fn")
+ROPE = {  # what a rope_type needs
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 LARGEST = 1 << 28  # of any size or length in a config: what is far beyond all use is refused, before it overflows
 
 
@@ -58,6 +62,8 @@ class FastConfig(LongLlamaConfig):
         if not isinstance(self.eos_token_id, int):
             vars(self).update(eos_token_id=tuple(self.eos_token_id))
         require(self.mem_device in (None, "cpu"), f'mem_device must be null or "cpu", not {self.mem_device!r}')
+        if self.rope_scaling is not None:
+            vars(self).update(rope_scaling=self.checked_rope(self.rope_scaling))
         super().__post_init__()
 
     def check(self, name: str, kind, value, default):
@@ -81,13 +87,30 @@ class FastConfig(LongLlamaConfig):
             fits = type(value) in (int, float) and 0 < value < 1e38
             require(fits, f"{name} must be above 0 and below 1e38, not {value!r}")
 
+    @staticmethod
+    def checked_rope(rope: dict) -> dict:
+        require(isinstance(rope, dict), f"rope_scaling must be null or a JSON object, not {rope!r}")
+        kind = rope.get("rope_type")
+        known = isinstance(kind, str) and kind in ROPE
+        require(known, f"rope_scaling's rope_type {kind!r} is not supported, only default, {', '.join(ROPE)}")
+        numbers = {name: rope.get(name) for name in ROPE[kind]}
+        for name, x in numbers.items():
+            fits = type(x) in (int, float) and 0 < x < 1e38
+            require(fits, f"rope_scaling's {name} must be above 0 and below 1e38, not {x!r}")
+        fits = kind != "llama3" or numbers["low_freq_factor"] < numbers["high_freq_factor"]
+        require(fits, f"rope_scaling's low_freq_factor must be below its high_freq_factor, not {numbers}")
+        return {"rope_type": kind} | numbers
+
     @classmethod
     def from_json(cls, path: str | Path, **overrides) -> "FastConfig":
         """As LongLlamaConfig's, and what ends a text from the generation_config.json beside it, if it says so."""
         raw, generation = read_json(Path(path)), Path(path).with_name("generation_config.json")
         try:
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-            require(isinstance(rope, dict), "rope_parameters or rope_scaling must be a JSON object")
+            flat = isinstance(rope, dict) and not any(isinstance(x, dict) for x in rope.values())
+            require(flat, "rope_parameters or rope_scaling must be a JSON object, the same for all layers")
+            slides = raw.get("sliding_window")
+            require(slides is None or is_count(slides), f"sliding_window must be null or at least 1, not {slides!r}")
             config = super().from_json(path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None

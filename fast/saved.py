@@ -30,7 +30,7 @@ VERSION = 2  # of what files say of themselves; the first one's hash was of some
 # What may change between a saved memory and the model that goes on from it: how it is used, and what begins and ends texts.
 FREE_SETTINGS = (
     "last_context_length", "mem_attention_grouping", "mem_topk", "mem_device", "keep_local",
-    "bos_token_id", "eos_token_id", "pad_token_id",
+    "bos_token_id", "eos_token_id", "pad_token_id", "head_dim",  # which the weights' hash tells
 )  # fmt: skip
 LENGTHS = ("batch_size", "local_length", "memory_length")  # of a Cache
 AT_ONCE = 1 << 24  # numbers of a weight that are copied from a GPU at once
@@ -197,7 +197,7 @@ def said(path: Path, metadata: dict[str, str]) -> dict[str, str]:
 
 def check_made_with(path: Path, says: dict[str, str], right: dict):
     for name, value in right.items():
-        made_with, value = says.get(name, "nothing"), json.dumps(value)
+        made_with, value = says.get(name, "null"), json.dumps(value)  # null: before there was such a setting
         if made_with != value:
             made_with, value = (text.strip('"')[:80] for text in (made_with, value))
             raise ValueError(

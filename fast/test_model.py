@@ -403,20 +403,28 @@ def test_a_cache_of_longllama_py_is_taken():
     assert (model(ids[:, 40:], cache)[0] - read(model, ids, [40, 20])[:, 40:]).abs().max() < 1e-5
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 IMPOSSIBLE = [
-    {"mem_layers": [99]}, {"mem_layers": ["a"]}, {"mem_layers": 3}, {"mem_dtype": "int8"}, {"hidden_size": 30},
+    {"mem_layers": [99]}, {"mem_layers": ["a"]}, {"mem_layers": 3}, {"mem_dtype": "int8"}, {"hidden_size": 30, "head_dim": None},
     {"mem_attention_grouping": [0, 4]}, {"mem_attention_grouping": [4]}, {"mem_attention_grouping": 4},
     {"num_key_value_heads": 3}, {"vocab_size": 0}, {"last_context_length": 0},
     {"rms_norm_eps": -1.0}, {"rms_norm_eps": math.inf}, {"eos_token_id": 2**70},
     {"intermediate_size": 2**40}, {"rms_norm_eps": 10**400},
     {"intermediate_size": True}, {"rms_norm_eps": True}, {"mem_layers": [True]}, {"mem_positionals": "false"},
-    {"eos_token_id": 1.0}, {"hidden_size": 36}, {"mlp_bias": True},
-    {"hidden_act": "gelu"}, {"attention_bias": True}, {"head_dim": 4}, {"model_type": "mistral"}, {"eos_token_id": []},
+    {"eos_token_id": 1.0}, {"hidden_size": 36, "head_dim": None}, {"mlp_bias": True},
+    {"hidden_act": "gelu"}, {"attention_bias": True},
+    {"head_dim": 5}, {"head_dim": 0}, {"head_dim": 8.0}, {"model_type": "mixtral"}, {"eos_token_id": []},
     {"eos_token_id": [2, 2**70]}, {"eos_token_id": [2, None]}, {"bos_token_id": [1]},
     {"mem_topk": 0}, {"mem_device": "tape"}, {"keep_local": 16}, {"keep_local": -1},
-    {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},
-    {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_scaling": "linear"}, {"rope_parameters": [1]},
+    {"rope_scaling": {"type": "yarn", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}},
+    {"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"rope_type": "linear"}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 0}}, {"rope_scaling": {"rope_type": [], "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+    {"rope_scaling": "linear"}, {"rope_parameters": [1]}, {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+    {"partial_rotary_factor": 0.5}, {"sliding_window": "4096"}, {"sliding_window": 8, "model_type": "mistral"},
 ]  # fmt: skip
 
 
@@ -431,7 +439,7 @@ def test_impossible_configs_are_refused_by_name_with_the_files_path(changes, tmp
     assert FastConfig.from_json(path) == small_config()
     write_config(path, small_config(), **changes)
     name, value = next(iter(changes.items()))
-    name = "rope_type|rope_parameters" if "rope" in name else name
+    name = "rope_scaling|rope_parameters" if "rope" in name else name
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*({name})") as raised:
         FastConfig.from_json(path)
     assert "\n" not in str(raised.value)

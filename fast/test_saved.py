@@ -138,6 +138,7 @@ def test_a_memory_of_another_model_or_of_other_settings_is_refused_by_name(tmp_p
     save_memory(path, model(torch.randint(61, (1, 30)))[1], model)
     for changes in (
         {"mem_layers": (1, 3)}, {"mem_dtype": "float16"}, {"max_position_embeddings": 8}, {"rope_theta": 5.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(changes))):
             load_memory(path, small_model(**changes))
