@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli.loading import TINY, load
+from cli.templates import ChatTemplate
 from examples import chat as program
 from examples.chat import FORMATS, Conversation, Format, converse, lines
 from fast import FastLlama, save_memory
@@ -485,3 +486,20 @@ def take_terminal():
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever started the tests in the background may have it ignored
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_template_writes_the_turns_and_only_what_comes_behind_an_answer_is_read(tiny, tmp_path):
+    written = "{% for x in messages %}<s>{{ x.role }}: {{ x.content }}</s>{% endfor %}<s>assistant:"
+    (tmp_path / "chat_template.jinja").write_text(written)
+    model, tokenizer = tiny
+    text = tokenizer.sp.encode
+    chat = conversation(tiny, template=ChatTemplate(tmp_path, tokenizer))
+    segments, unread, before = [], [], []
+    for turn, asked in enumerate(["Where is </s> the whale?", "And the ship?"], 1):
+        [answer] = ask(chat, asked)
+        segments.append([*unread, *before, 1, *text(f"user: {asked}"), 2, 1, *text("assistant:")])
+        ids = greedy(tiny, segments, NEW)
+        assert answer == tokenizer.decode(ids) and 2 not in ids
+        segments, unread, before = segments + [[i] for i in ids[:-1]], ids[-1:], [2]
+        assert_same_past(chat, tiny, segments, unread)
+        assert chat.past.turns == turn
