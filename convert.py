@@ -2,6 +2,7 @@
 
     python convert.py --input HF_DIR --output DIR --dtype bfloat16      # pytorch_model.bin or safetensors, whole or sharded
     python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
+    python convert.py --input DIR --over memory_layers.safetensors --output TUNED       # what train.py --tune memory wrote
 
 Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model. Going back, the
 weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept. Small files
@@ -43,6 +44,7 @@ from fast.files import (
 )
 from fast.folder import BESIDE, check_folder, files_of, replacing_model
 from fast.model import check_weights, untied
+from fast.tuned import laid_over
 from longllama import LongLlama, LongLlamaConfig, require
 from tokenizer import Tokenizer
 
@@ -209,12 +211,14 @@ def check_folders(source: Path, target: Path, force: bool):
         raise ValueError("--output is the --input folder: name another one")
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
+def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool, over: Path | None = None):
     check_folder(source)
     check_folders(source, target, force)
     config, weights = FastConfig.from_json(source / "config.json"), read_weights(source)
     config = untied(config, weights)
     weights = check_weights(config, weights, source)
+    if over is not None:
+        config, weights = laid_over(over, weights, source)
     for text in unlike_its_config(source, config):
         warn(text)
     tokenizer = source / "tokenizer.model"
@@ -246,12 +250,15 @@ def main():
     parser = parser_for(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder to read")
     parser.add_argument("--output", type=new_path, required=True, help="folder to make")
+    parser.add_argument(
+        "--over", type=Path, metavar="FILE", help="memory layers tuned from --input, to take their place"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")
     parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
     parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")
     args = parser.parse_args()
     with ending_well(parser):
-        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force)
+        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force, args.over)
         tell(f"wrote {args.output}")
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import convert
 from fast import FastConfig, FastLlama
 from longllama import cross_batch_extra
 from tokenizer import Tokenizer
@@ -165,6 +166,55 @@ def test_a_converted_checkpoint_is_tuned_from_its_own_weights(whole, recipe, fol
     assert all(torch.allclose(x, tuned[name], atol=1e-6) for name, x in load_file(whole / "model.safetensors").items())
 
 
+def test_memory_layers_alone_are_tuned_and_are_a_small_file_to_lay_over_their_base(
+    whole, recipe, folder, tmp_path, capsys, monkeypatch
+):
+    raw, tune = json.loads(recipe.read_text()), tmp_path / "tune.json"
+    tuning = raw | {
+        "model": {"mem_layers": [0], "last_context_length": 100},
+        "phases": [raw["phases"][1] | {"steps": 2}],
+    }
+    tune.write_text(json.dumps(tuning))
+    done, tuned = train(tune, folder, tmp_path / "tuned", "--init", whole, "--tune", "memory", "--stop-after", 1)
+    assert done.returncode == 0, done.stderr
+    done, tuned = train(tune, folder, tmp_path / "tuned", "--init", whole, "--tune", "memory", "--resume")
+    assert done.returncode == 0, done.stderr
+    before, trained = load_file(whole / "model.safetensors"), ".layers.0.self_attn."
+    names = {name for name in before if trained in name}
+    assert {name for name, x in tuned.items() if not torch.equal(x, before[name])} == names and len(names) == 4
+    small = load_file(tmp_path / "tuned" / "memory_layers.safetensors")
+    assert small.keys() == names and {x.dtype for x in small.values()} == {torch.bfloat16}
+    checkpoint = torch.load(tmp_path / "tuned" / "checkpoint.pt", weights_only=True)
+    assert {x.dtype for x in checkpoint["model"].values()} == {torch.float32} and len(checkpoint["model"]) == 2
+
+    def lay_over(base, *flags) -> int:
+        small = tmp_path / "tuned" / "memory_layers.safetensors"
+        call = ["--input", base, "--over", small, "--output", tmp_path / "laid", "--force", *flags]
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, call)])
+        try:
+            convert.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    wide = tmp_path / "wide"  # the same base, stored in float32
+    shutil.copytree(whole, wide)
+    save_file({name: x.float() for name, x in before.items()}, wide / "model.safetensors")
+    for base, *flags in ([whole], [wide, "--dtype", "bfloat16"]):
+        assert lay_over(base, *flags) == 0
+        laid = load_file(tmp_path / "laid" / "model.safetensors")
+        assert all(torch.equal(x, laid[name]) for name, x in tuned.items()) and laid.keys() == tuned.keys()
+        configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("laid", "tuned")]
+        assert configs[0] == configs[1] and configs[0]["mem_layers"] == [0]
+    capsys.readouterr()
+    assert lay_over(tmp_path / "tuned") == 2  # a model of the same shape, and not the one that was tuned
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "was tuned from other weights than those in" in err
+    tune.write_text(json.dumps(tuning | {"phases": [tuning["phases"][0] | {"learning_rate": 0}]}))
+    done, still = train(tune, folder, tmp_path / "still", "--init", whole, "--tune", "memory")
+    assert done.returncode == 0 and all(torch.equal(x, still[name]) for name, x in before.items())
+
+
 @pytest.mark.parametrize("ids, right", [([2, 900], [2, 900]), ([700, 900, 1], 900), (5, 2)], ids=str)
 def test_what_goes_with_the_weights_that_are_tuned_comes_along_and_says_what_ends_a_text(
     ids, right, whole, recipe, folder, tmp_path
@@ -218,6 +268,7 @@ def test_tuning_takes_the_tokenizer_beside_the_weights_and_goes_on_with_the_same
         (["--data", "nowhere"], "documents|.txt"),
         (["--recipe", "nowhere.json"], "nowhere.json"),
         (["--init", "nowhere"], "nowhere"),
+        (["--tune", "memory"], "--init"),
         (["--stop-after", "-3"], "-3"),
         (["--output", __file__], "no folder"),
     ],
