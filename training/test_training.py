@@ -847,6 +847,16 @@ def test_recipes_for_tuning_are_the_papers(name, seen):
     assert recipe.weight_decay == 0.01 and not phase.asks
 
 
+@pytest.mark.parametrize("name, tokens", [("smollm2", 1 << 12), ("smollm2_gpu", 1 << 16)])
+def test_recipes_for_a_plain_llama_show_memory_layers_positives_and_negatives_in_one_batch(name, tokens):
+    recipe = Recipe(HERE / f"{name}.json")
+    (phase,) = recipe.phases
+    shape = {"hidden_size": 576, "num_attention_heads": 9, "num_hidden_layers": 30}
+    phase.check_fits(FastConfig(**shape | recipe.model))
+    assert contexts(phase, 0, "full") == "(0,0) (1,2) (2,4) (3,4)" and phase.step_tokens == tokens
+    assert phase.learning_rate_at(phase.steps - 1) == pytest.approx(2e-5 * 3200 / 576, rel=0.1)
+
+
 def test_a_recipe_without_a_shape_tunes_what_is_named(folder, tmp_path):
     done, _ = train(HERE / "tune.json", folder, tmp_path / "run")
     assert done.returncode == 2 and "hidden_size" in done.stderr and "--init" in done.stderr
