@@ -40,6 +40,8 @@ def write_tuned(path: Path, model: FastLlama, base: str):
 def laid_over(path: Path, base: Weights, where: Path) -> tuple[FastConfig, Weights]:
     """The config and the weights of the tuned model: those in a file of `write_tuned`, and the others of the base, which is in
     `where`. Raises OSError, or ValueError for other files and other bases."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: name the one that train.py --tune memory wrote")
     tuned = safetensors_weights(path)
     with safe_open(path, framework="pt") as file:
         said = file.metadata() or {}
