@@ -328,7 +328,11 @@ def run(recipe, data, init, output, *flags, monkeypatch) -> list[dict]:
     return [json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()]
 
 
-WAYS = [(), ("--lora", "2", "--checkpoint-layers"), ("--tune", "memory", "--checkpoint-layers")]
+WAYS = [
+    (),
+    ("--lora", "2", "--checkpoint-layers"),
+    ("--tune", "memory", "--checkpoint-layers", "--dtype", "float32"),
+]
 
 
 @pytest.mark.parametrize("flags", WAYS, ids=["all", "lora", "memory"])
@@ -373,7 +377,8 @@ def test_two_processes_tune_as_one(flags, recipe, data, init, tmp_path, monkeypa
         ([{"conversations": [{"from": "cat", "value": "x"}]}], [], "a turn of 'cat', who is none of system, human, user, gpt"),
         ([{"conversations": [{"from": "user", "value": "x"}]}], [], "no rows to train on"),
         ([ROW | {"question": "\ud83d"}], [], "line 1 has half a character"),
-        ({}, ["--lora-products", "o_proj"], "--lora RANK"), ({}, ["--tune", "memory", "--lora", "2"], "exclude each other"),
+        ({}, ["--lora-products", "o_proj"], "--lora RANK"), ({}, ["--dtype", "float16"], "float16"),
+        ({}, ["--tune", "memory", "--lora", "2"], "exclude each other"),
         ({"model": {"mem_layers": [], "max_position_embeddings": 96}}, ["--tune", "memory"], "mem_layers"),
         ([{"conversations": [{"from": "user"}]}], [], "a turn without text under value"),
         ([{"conversations": 5}], [], "no list of turns"), ([], [], "no rows to train on"),

@@ -143,6 +143,31 @@ def test_interrupted_and_resumed_is_the_same_as_uninterrupted(whole, recipe, fol
     assert all(torch.equal(x, parts[name]) for name, x in load_file(whole / "model.safetensors").items())
 
 
+def test_what_is_computed_in_float32_is_within_bfloat16s_error_and_is_gone_on_with_alike(
+    whole, recipe, folder, tmp_path
+):
+    flags = ("--dtype", "float32")
+    train(recipe, folder, tmp_path, *flags, "--stop-after", 1)
+    done, _ = train(recipe, folder, tmp_path, "--resume", "--stop-after", 2)
+    assert done.returncode == 2 and "made with another --dtype" in done.stderr
+    done, _ = train(recipe, folder, tmp_path, *flags, "--resume", "--stop-after", 2)
+    first, second = losses(tmp_path), losses(whole)[:2]
+    assert done.returncode == 0 and first[1]["step"] == 2
+    for one, other in zip(first, second):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2**-8) and one["loss"] != other["loss"]
+    raw = json.loads(recipe.read_text())
+    model = FastLlama.from_pretrained(tmp_path)  # by hand: the loss of a step that changes nothing is that in float32
+    raw |= {"model": {}, "phases": [raw["phases"][0] | {"steps": 1, "learning_rate": 0, "groups": 1}]}
+    (tmp_path / "still.json").write_text(json.dumps(raw))
+    done, _ = train(tmp_path / "still.json", folder, tmp_path / "still", "--init", tmp_path, *flags)
+    (phase,) = Recipe(tmp_path / "still.json").phases
+    corpus, _ = read_corpora([Source(folder)], Tokenizer(tmp_path / "tokenizer.model"))
+    batch = corpus.batch((0, 0, 0), 2, 64, phase.mix_at(0), phase.extra(0))
+    logits = model.forward_cross_batch(torch.from_numpy(batch.inputs), phase.extra(0))
+    right = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), torch.from_numpy(batch.targets).flatten())
+    assert losses(tmp_path / "still")[0]["loss"] == pytest.approx(right.item(), rel=1e-6)
+
+
 def test_two_processes_train_as_one_which_resumes_from_their_checkpoint(whole, recipe, folder, tmp_path):
     done, so_far = train(recipe, folder, tmp_path, "--stop-after", 7, processes=2)  # in the second phase
     assert done.returncode == 0 and so_far is not None, done.stderr

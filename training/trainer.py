@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from cli.flags import check_new_folder, new_path, number
-from cli.loading import TINY, check_vocabulary, pick_device, read_tokenizer, unlike_its_config, with_special_ids
+from cli.loading import DTYPES, TINY, check_vocabulary, pick_device, read_tokenizer, unlike_its_config, with_special_ids
 from cli.picture import import_pyplot, save_picture
 from convert import save_pretrained
 from fast import FastConfig, FastLlama
@@ -79,13 +79,13 @@ def memory_of(device: torch.device) -> float:
 
 
 def freeze_but_memory_layers(model: FastLlama):
-    """What is trained is the attention of memory layers, in float32; the rest is left in bfloat16. Their norms are, too: what a
+    """What is trained is the attention of memory layers, in float32; the rest is left as it is. Their norms are, too: what a
     norm's weight could learn, the columns of qkv_proj that it scales can."""
     require(
         bool(model.config.mem_layers),
         "--tune memory trains mem_layers, and the model has none: name some in the recipe",
     )
-    model.to(torch.bfloat16).requires_grad_(False)
+    model.requires_grad_(False)
     for i in model.config.mem_layers:
         for product in (model.layers[i].qkv_proj, model.layers[i].o_proj):
             product.float().requires_grad_(True)
@@ -100,7 +100,8 @@ class Trainer:
         """read_data(tokenizer): a kind of data. settings: flag -> value, those that a run has to be resumed with, besides data
         and tokenizer."""
         self.args, self.stop, self.recipe = args, stop, recipe
-        self.freezes = bool(args.lora) or args.tune == "memory"  # weights, which are left in bfloat16
+        self.dtype = DTYPES[args.dtype]  # that is computed in; weights that are trained are in float32
+        self.freezes = bool(args.lora) or args.tune == "memory"  # weights, which are in that dtype
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(args.device)
         if self.world > 1:
@@ -129,6 +130,8 @@ class Trainer:
             self.made_with["--lora"] = f"{args.lora} {' '.join(args.lora_products or PRODUCTS[:2])}"
         if args.tune == "memory":
             self.made_with["--tune"] = args.tune
+        if args.dtype != "bfloat16":
+            self.made_with["--dtype"] = args.dtype
         if self.freezes:
             self.made_with["--init"] = fingerprint(as_weights(model.hf_tensors()))
         if state:
@@ -208,7 +211,7 @@ class Trainer:
         torch.manual_seed(self.recipe.seed)
         if not self.args.init or not (fresh or self.freezes):
             return FastLlama(config)
-        dtype = torch.bfloat16 if self.freezes else torch.float32
+        dtype = self.dtype if self.freezes else torch.float32
         model = FastLlama.from_pretrained(self.args.init, dtype=dtype, **asdict(config)).train()
         for text in unlike_its_config(self.args.init, model.config):
             warn(text)
@@ -232,6 +235,9 @@ class Trainer:
         register_fsdp_forward_method(model, "forward_cross_batch")
         return model
 
+    def computing(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
     def train_step(self) -> tuple[list[float], bool]:
         """One optimizer step; each process takes its share of the groups. Returns this step's numbers, and whether any process
         was told to stop. Raises ValueError, before the step is taken, where it is not finite."""
@@ -240,7 +246,8 @@ class Trainer:
             group["lr"] = phase.learning_rate_at(step)
         total = torch.zeros(len(self.data.names) + 1, device=self.device)
         for group in range(self.rank, phase.groups, self.world):
-            loss, numbers = self.data.loss(self.model, phase, step, (self.recipe.seed, self.step, group))
+            with self.computing():
+                loss, numbers = self.data.loss(self.model, phase, step, (self.recipe.seed, self.step, group))
             # Sharded gradients are averaged over processes, so a process's own are averaged over its own groups.
             (loss * self.world / phase.groups).backward()
             total[:-1] += torch.stack([x.detach() for x in numbers]) / phase.groups
@@ -315,15 +322,17 @@ class Trainer:
     @torch.no_grad()
     def validate(self, phase):
         """Tells of what is held out, and keeps it beside this step's losses. All processes compute the same."""
-        found = self.data.validate(self.model, phase)
+        with self.computing():
+            found = self.data.validate(self.model, phase)
+            sampled = self.data.sample(self.model) if self.world == 1 else None  # sharded weights are not sampled from
         if found:
             self.losses[-1]["held_out"] = found
             told = ", ".join(f"{loss:.4f} {how}" for how, loss in found.items())
             self.say(f"step {self.step}: loss on held-out documents {told}")
         if self.world > 1:
             self.model.reshard()  # which only a backward pass does by itself
-        if self.world == 1 and (sample := self.data.sample(self.model)):  # sharded weights are not sampled from
-            self.say("  {!r} -> {!r}".format(*sample))
+        if sampled:
+            self.say("  {!r} -> {!r}".format(*sampled))
 
     def leave(self):
         """No process leaves while another still needs it."""
@@ -443,6 +452,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipe: Path, output: Pa
     tuned = "memory: train the attention of memory layers alone, which is written to a small file, too (default all)"
     add("--tune", choices=["all", "memory"], default="all", help=tuned)
     add("--lora-products", nargs="+", choices=PRODUCTS, help="what they are added to (default: qkv_proj o_proj)")
+    computed = "what is computed in (default bfloat16); CPUs without AMX may be faster in float32"
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help=computed)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
 
 
