@@ -3,6 +3,7 @@
     python convert.py --input HF_DIR --output DIR --dtype bfloat16      # pytorch_model.bin or safetensors, whole or sharded
     python convert.py --input model.gguf --output DIR                   # llama.cpp's, dequantised
     python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
+    python convert.py --input DIR --over memory_layers.safetensors --output TUNED       # what train.py --tune memory wrote
 
 Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model, or for want of it
 tokenizer.json. Going back, the weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its
@@ -57,6 +58,7 @@ from fast.files import (
 from fast.folder import BESIDE, check_folder, files_of, replacing_model
 from fast.gguf import is_gguf, unpack
 from fast.model import check_weights, untied
+from fast.tuned import laid_over
 from longllama import LongLlama, LongLlamaConfig, require
 from tokenizer import SentencePieceTokenizer, Tokenizer, content
 
@@ -243,29 +245,41 @@ def opened(path: Path) -> Iterator[tuple[Path, Callable[[], Weights]]]:
         yield path, partial(read_weights, path)
 
 
-def convert(path: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool, **changes):
-    """changes: of the config; None is none."""
+def convert(
+    path: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool, over: Path | None = None, **changes
+):
+    """over: a file of tuned memory layers. changes: of the config; None is none."""
     if not is_gguf(path):
         check_folder(path)
     check_folders(path, target, force)
     with opened(path) as (source, find):
-        convert_folder(source, find, target, dtype, to_hf, changes)
+        convert_folder(source, find, target, dtype, to_hf, over, changes)
 
 
-def read_model(source: Path, find: Callable[[], Weights], changes: dict) -> tuple[FastConfig, Weights]:
+def read_model(
+    source: Path, find: Callable[[], Weights], over: Path | None, changes: dict
+) -> tuple[FastConfig, Weights]:
     config, weights = FastConfig.from_json(source / "config.json"), find()
     changes = {name: value for name, value in changes.items() if value is not None}
     config = untied(replace(config, **with_window(config, changes)), weights)
     weights = check_weights(config, weights, source)
+    if over is not None:
+        config, weights = laid_over(over, weights, source)
     for text in unlike_its_config(source, config):
         warn(text)
     return config, weights
 
 
 def convert_folder(
-    source: Path, find: Callable[[], Weights], target: Path, dtype: torch.dtype | None, to_hf: bool, changes: dict
+    source: Path,
+    find: Callable[[], Weights],
+    target: Path,
+    dtype: torch.dtype | None,
+    to_hf: bool,
+    over: Path | None,
+    changes: dict,
 ):
-    config, weights = read_model(source, find, changes)
+    config, weights = read_model(source, find, over, changes)
     tokenizer = tokenizer_in(source)
     if tokenizer.exists():
         pieces = read_tokenizer(tokenizer)
@@ -293,6 +307,9 @@ def main():
     parser = parser_for(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder to read, or GGUF file")
     parser.add_argument("--output", type=new_path, required=True, help="folder to make")
+    parser.add_argument(
+        "--over", type=Path, metavar="FILE", help="memory layers tuned from --input, to take their place"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")
     parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
     parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")
@@ -300,7 +317,7 @@ def main():
     args = parser.parse_args()
     with ending_well(parser):
         changes = given(args, WINDOW_FLAGS)
-        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force, **changes)
+        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force, args.over, **changes)
         tell(f"wrote {args.output}")
 
 

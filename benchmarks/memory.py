@@ -29,7 +29,7 @@ from cli.flags import add_model_flags, listed, number, parse_length, parser_for,
 from cli.loading import TINY, load, pick_device
 from cli.texts import read_text
 from experiments.passkey import measure, share
-from experiments.perplexity import perplexity
+from experiments.perplexity import perplexity, window_losses
 from fast import MEM_DTYPES, FastLlama
 from training.tasks import GRASS, prompt_ids
 
@@ -69,7 +69,7 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     found = {}
     for variant in variants:
         tell_variant("pass keys and perplexity", *variant)
-        value, _ = perplexity(models[variant], [torch.tensor(book)], WINDOWS, WINDOWS, stride=4)
+        value = perplexity(window_losses(models[variant], [torch.tensor(book)], WINDOWS, WINDOWS, stride=4))
         trials = measure(models[variant], tokenizer, args.model.name, fillers, args.length, args.trials, args.seed)
         found[variant] = f"{value:.2f}", f"{100 * share(trials):.0f}% ({len(trials)})"
     for i, variant in product(range(REPEATS), variants):

@@ -33,7 +33,7 @@ def peak(kind: str, lora: bool, recompute: bool) -> int:
     before = process_peak()
     model = FastLlama(FastConfig(max_position_embeddings=TOKENS, mem_layers=(4, 8), **SHAPE))
     if lora:
-        add_lora(model, RANK, PRODUCTS)
+        add_lora(model.to(torch.bfloat16), RANK, PRODUCTS)
     if recompute:
         recompute_layers(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -44,7 +44,8 @@ def peak(kind: str, lora: bool, recompute: bool) -> int:
                 logits = model.forward_cross_batch(ids, list(range(ROWS)))
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
         else:
-            loss = mean_loss(model, (ids, ids, torch.ones_like(ids)), TOKENS // 2)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = mean_loss(model, (ids, ids, torch.ones_like(ids)), TOKENS // 2)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

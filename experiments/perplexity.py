@@ -3,9 +3,13 @@
     python experiments/perplexity.py --model tiny
     python experiments/perplexity.py --model tiny training/runs/tiny --windows 0 16
     python experiments/perplexity.py --documents 'hol_*' 'coq_*' --picture proofs.png      # of proofs alone
+    python experiments/perplexity.py --windows 0 1 4 16 --positions      # what memory changes, by where in a window a token is
 
 The table takes windows of held-out documents that have at least as many windows before them as the largest memory asked for, and
 reads each of them after 0, 1, 4, ... of those windows. So every column is about the very same tokens.
+
+With --positions a second table follows, of the same windows: the mean loss without memory, in nats, of the first 64 tokens of a
+window, the next 64, the next 128, ... and of all; and what each memory changes it by, with its standard error: see `change`.
 
 The picture is perplexity by where in a document a window is: its 1st, 2nd, 3rd and 4th, 5th to 8th, ... up to that number of
 windows. One curve is of documents read from their beginning, each window with all before it in memory; the other of the same
@@ -15,7 +19,7 @@ curves are of the very same tokens; from point to point the tokens differ, and w
 
 import math
 import sys
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +40,7 @@ from longllama import Cache, require
 from training.data import encode
 
 BATCH = 8  # windows read at once
+FIRST = 64  # tokens of a window, those that have next to nothing before them but memory
 
 
 def windows(n: int) -> str:
@@ -50,20 +55,54 @@ def last_losses(model: FastLlama, ids: Tensor, cache: Cache | None = None) -> tu
     return F.cross_entropy(logits.float().mT, ids[:, -window:], reduction="none"), cache
 
 
-def perplexity(model: FastLlama, documents: list[Tensor], memory: int, most: int, stride: int) -> tuple[float, int]:
-    """Perplexity of every stride-th window after the first `most`, with `memory` windows remembered; and the tokens it is of."""
+def window_losses(model: FastLlama, documents: list[Tensor], memory: int, most: int, stride: int) -> list[Tensor]:
+    """Of each document that is long enough the losses (n, window), in float64, of every stride-th window after the first `most`,
+    with `memory` windows remembered."""
     window, device = model.config.max_position_embeddings, model.embed_tokens.weight.device
     pieces = [
-        document[(w - memory) * window : (w + 1) * window + 1]  # one more: the target of the last token
+        [  # of a document; one token more: the target of the last
+            document[(w - memory) * window : (w + 1) * window + 1]
+            for w in range(most, (len(document) - 1) // window, stride)
+        ]
         for document in documents
-        for w in range(most, (len(document) - 1) // window, stride)
     ]
-    if not pieces:
+    counts = [len(part) for part in pieces if part]
+    if not counts:
         raise ValueError(f"no document is longer than {windows(most)} of {window} tokens")
-    loss = sum(last_losses(model, batch)[0].sum().item() for batch in torch.stack(pieces).to(device).split(BATCH))
-    value = torch.tensor(loss / len(pieces) / window, dtype=torch.float64).exp().item()
-    require(math.isfinite(value), f"the perplexity after {windows(memory)} is not finite")
-    return value, len(pieces) * window
+    batches = torch.stack([*chain(*pieces)]).to(device).split(BATCH)
+    losses = torch.cat([last_losses(model, batch)[0].cpu().double() for batch in batches])
+    require(math.isfinite(perplexity([losses])), f"the perplexity after {windows(memory)} is not finite")
+    return [*losses.split(counts)]
+
+
+def perplexity(losses: list[Tensor]) -> float:
+    """Over all tokens of `window_losses`."""
+    return torch.cat(losses).mean().exp().item()
+
+
+def change(losses: list[Tensor], none: list[Tensor], start: int, stop: int) -> tuple[float, float]:
+    """What memory changes the mean loss of tokens start to stop - 1 of windows by, and the standard error of that; both losses
+    are `window_losses`.
+
+    Windows of one document are alike, so the error is that of documents drawn at random, not windows: of clusters (Liang and
+    Zeger 1986). Where all have as many windows, it is that of the mean of the documents' means. Of one document it is nan."""
+    sums = torch.stack([(x - y)[:, start:stop].mean(dim=1).sum() for x, y in zip(losses, none)])  # (documents,)
+    counts = torch.tensor([len(x) for x in losses])
+    mean, n = sums.sum() / counts.sum(), len(counts)
+    spread = (sums - mean * counts).square().sum() * n / max(n - 1, 1)
+    return mean.item(), (spread.sqrt() / counts.sum()).item() if n > 1 else math.nan
+
+
+def positions(losses: dict[int, list[Tensor]]) -> list[list[str]]:
+    """Rows of a table, of losses by windows of memory: a row for each bin of tokens of a window, and for all."""
+    window, none = losses[0][0].shape[1], losses[0]
+    parts = [(FIRST * start, min(FIRST * stop, window)) for start, stop in bins(-(-window // FIRST))]
+    rows = []
+    for start, stop in dict.fromkeys([*parts, (0, window)]):
+        changes = [change(losses[memory], none, start, stop) for memory in losses if memory]
+        cells = [f"{mean:+.3f}" + f" ± {error:.3f}" * math.isfinite(error) for mean, error in changes]
+        rows.append([f"{start}-{stop - 1}", f"{torch.cat(none)[:, start:stop].mean():.3f}", *cells])
+    return rows
 
 
 def bins(n: int) -> list[tuple[int, int]]:
@@ -127,21 +166,25 @@ def main():
     parser.add_argument(
         "--stride", type=number(int, 1, LARGEST), default=4, help="take one window in this many (default 4)"
     )
+    parser.add_argument(
+        "--positions", action="store_true", help="a second table: losses by where in its window a token is"
+    )
     add_output_flags(parser, "perplexity by position in the document, with memory and without")
     args = parser.parse_args()
     with ending_well(parser):
         check_outputs(args)
-        files, most, curves = document_files(args), max(args.windows), {}
+        require(not args.positions or 0 in args.windows, "--positions compares with no memory: give --windows 0, too")
+        files, most, curves, losses = document_files(args), max(args.windows), {}, {}
         n = max(most, 1)  # windows of the picture
         rows = [["model", *map(windows, args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
         for name, folder in by_name(args.model).items():
             model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory)
             documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in files]
-            cells = []
+            losses[name], cells = {}, []
             try:
                 for memory in args.windows:
-                    value, tokens = perplexity(model, documents, memory, most, args.stride)
-                    cells.append(f"{value:.2f}")
+                    losses[name][memory] = found = window_losses(model, documents, memory, most, args.stride)
+                    cells.append(f"{perplexity(found):.2f}")
                     tell(f"{name}, {windows(memory)}: {cells[-1]}")
                 if args.picture:
                     length = n * model.config.max_position_embeddings + 1
@@ -151,10 +194,17 @@ def main():
                         tell(f"{name}, window {label} of {len(whole)} documents: {remembered:.2f}, alone {alone:.2f}")
             except ValueError as error:
                 raise ValueError(f"{folder}: {error}") from None
-            rows.append([name, *cells, f"{tokens:,}"])
+            rows.append([name, *cells, f"{sum(map(Tensor.numel, found)):,}"])
             print(table(rows[-1:] if len(rows) > 3 else rows), flush=True)  # the header comes with the first row
+        tables = [table(rows)]
+        if args.positions:
+            memories = [memory for memory in dict.fromkeys(args.windows) if memory]
+            rows = [["model", "tokens", "none", *map(windows, memories)], ["---"] * (len(memories) + 3)]
+            rows += [[name, *row] for name, of_model in losses.items() for row in positions(of_model)]
+            tables.append(table(rows))
+            print(f"\n{tables[-1]}")
         if args.table:
-            save_table(table(rows), args.table)
+            save_table("\n\n".join(tables), args.table)
         if args.picture:
             picture(curves, n, args.picture)
 

@@ -23,7 +23,7 @@ from experiments import dictionary, distraction, passkey
 from experiments import perplexity as evaluation
 from experiments.dictionary import KEY, RECORD, VALUE, WINDOW, K, Q, Stage, V
 from experiments.documents import add_document_flags, document_files
-from experiments.perplexity import perplexity
+from experiments.perplexity import change, perplexity, positions, window_losses
 from fast import FastConfig, FastLlama
 from tokenizer import Tokenizer
 from training.data import BOOK as HELD
@@ -289,7 +289,7 @@ def source(tokenizer: Tokenizer, name: str) -> torch.Tensor:
 def test_memory_lowers_the_perplexity_of_tiny_on_this_code_and_more_of_it_lowers_it_further(tiny):
     model, tokenizer = tiny
     documents = [source(tokenizer, "longllama.py")]
-    none, one, many = (perplexity(model, documents, memory, 16, 4)[0] for memory in (0, 1, 16))
+    none, one, many = (perplexity(window_losses(model, documents, memory, 16, 4)) for memory in (0, 1, 16))
     assert many < 0.85 * one and one < 0.85 * none
 
 
@@ -307,11 +307,11 @@ def test_perplexity_is_of_the_same_windows_with_any_memory(tiny):
                     model(document[None, before * 256 : (before + 1) * 256], cache, last_context_length=256)
                 logits, _ = model(document[None, w * 256 : (w + 1) * 256], cache, last_context_length=256)
                 losses.append(F.cross_entropy(logits[0], document[w * 256 + 1 : (w + 1) * 256 + 1]))
-        value, tokens = perplexity(model, documents, memory, 3, stride=2)
-        assert tokens == 256 * len(losses) and len(losses) >= 6
-        assert value == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-3)
+        found = window_losses(model, documents, memory, 3, stride=2)
+        assert torch.cat(found).shape == (len(losses), 256) and len(losses) >= 6 and len(found) == 2
+        assert perplexity(found) == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-3)
     with pytest.raises(ValueError, match="no document is longer than 1000 windows"):
-        perplexity(model, documents, 0, 1000, stride=1)
+        window_losses(model, documents, 0, 1000, stride=1)
 
 
 @torch.no_grad()
@@ -327,6 +327,44 @@ def test_perplexity_by_position_is_that_of_documents_read_whole_and_of_windows_r
         right = [losses[:, a * window : b * window].mean().exp().item() for a, b in ((0, 1), (1, 2), (2, 4), (4, 5))]
         assert evaluation.by_position(model, texts, remembers) == pytest.approx(right, rel=1e-4)
     assert not torch.allclose(whole[:, window:], alone[:, window:], atol=0.1)  # so the two cases are not one
+
+
+def drawn(*counts: int, window: int = 160) -> list[torch.Tensor]:
+    """Losses of so many windows of documents, each with something of its own."""
+    rng = torch.Generator().manual_seed(sum(counts) + window)
+    return [torch.rand(n, window, generator=rng).double() + torch.rand(1, generator=rng).item() for n in counts]
+
+
+def test_the_error_of_what_memory_changes_is_that_of_documents_and_not_of_their_windows():
+    """By the naive formula; and where documents have as many windows, by that of the mean of their means."""
+    losses, none = drawn(3, 7, 1, 4), drawn(3, 7, 1, 5)[:3] + drawn(4)
+    total, n = 0.0, 0
+    for x, y in zip(losses, none):
+        for a, b in zip(x.tolist(), y.tolist()):
+            total, n = total + sum(p - q for p, q in zip(a[64:128], b[64:128])) / 64, n + 1
+    squares = 0.0
+    for x, y in zip(losses, none):
+        stray = sum((a - b)[64:128].mean().item() - total / n for a, b in zip(x, y))
+        squares += stray**2
+    assert change(losses, none, 64, 128) == pytest.approx((total / n, (squares * 4 / 3) ** 0.5 / n))
+    same, others = drawn(5, 5, 5), drawn(5, 5, 5, window=161)
+    means = np.array([(x - y[:, :160])[:, :64].mean().item() for x, y in zip(same, others)])
+    found = change(same, [y[:, :160] for y in others], 0, 64)
+    assert found == pytest.approx((means.mean(), means.std(ddof=1) / 3**0.5))
+    repeated = [[x.repeat(9, 1) for x in some] for some in (losses, none)]  # windows that tell nothing new
+    assert change(*repeated, 64, 128) == pytest.approx(change(losses, none, 64, 128))
+
+
+def test_losses_by_position_in_the_window_are_those_of_its_tokens():
+    none, one = drawn(2, 4), drawn(2, 4, window=161)
+    found = positions({1: [x[:, :160] for x in one], 0: none})
+    assert [row[0] for row in found] == ["0-63", "64-127", "128-159", "0-159"]
+    for (start, stop), row in zip(((0, 64), (64, 128), (128, 160), (0, 160)), found):
+        whole, other = (torch.cat(x)[:, start:stop].mean().item() for x in (none, one))
+        assert float(row[1]) == pytest.approx(whole, abs=6e-4)
+        assert float(row[2].split(" ± ")[0]) == pytest.approx(other - whole, abs=6e-4) and len(row) == 3
+    (row,) = positions({0: drawn(3, window=64), 1: drawn(3, window=64)})
+    assert row[2] == "+0.000"  # of one document: no error is told
 
 
 def test_bins_double_up_to_the_windows_asked_for():
@@ -362,6 +400,26 @@ def test_the_perplexity_table_has_a_row_for_each_model(run, tmp_path, capsys):
     assert run(evaluation.main, "--data", data, "--windows", "1000") == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 2 and "no document is longer than 1000 windows" in err
+
+
+def test_the_table_of_positions_is_of_the_same_windows_as_that_of_perplexity(run, tmp_path, capsys):
+    data, (other, _) = texts(tmp_path / "data", BOOK[:4000]), models(tmp_path)
+    flags = ["--data", data, "--stride", "1", "--model", TINY, other, "--table", tmp_path / "table.md", "--positions"]
+    assert run(evaluation.main, *flags, "--windows", "1", "0") == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() == out
+    first, second = (rows(part) for part in out.split("\n\n"))
+    assert second[0] == ["model", "tokens", "none", "1 window"]
+    assert [row[:2] for row in second[2:6]] == [
+        [str(TINY), tokens] for tokens in ("0-63", "64-127", "128-255", "0-255")
+    ]
+    one, none = (np.log(float(first[2][i])) for i in (1, 2))
+    assert float(second[5][2]) == pytest.approx(none, abs=5e-3)
+    assert float(second[5][3]) == pytest.approx(one - none, abs=5e-3) and one < none
+    assert float(second[2][3]) < float(second[4][3])  # memory is worth most where little else stands before
+    assert run(evaluation.main, *flags, "--windows", "1") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--windows 0" in err
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -12,6 +12,7 @@
 | sampling.py | a penalty for ids that were there |
 | saved.py | a memory in a file |
 | files.py | finding and writing files of tensors |
+| tuned.py | memory layers that were tuned, in a small file to lay over their base |
 | folder.py | what a folder is that holds no model; one model in the place of another, as a whole |
 """
 

@@ -23,6 +23,7 @@ MODEL = ("config.json", "tokenizer.model", "tokenizer.json", *BESIDE, *WEIGHTS)
 METAS = "is a model in Meta's own layout: get it in Hugging Face's layout, whose names often end in -hf"
 OTHERS = {  # a file in a folder without a model in Hugging Face's layout -> what that folder is
     "adapter_config.json": "holds an adapter, not a model: merge it into its model with peft's merge_and_unload, and save that",
+    "memory_layers.safetensors": "holds tuned memory layers, not a model: convert.py --over lays them over their model",
     "*.gguf": "holds GGUF files, for llama.cpp: convert.py makes a folder of one, by --input FILE.gguf",
     "params.json": METAS,
     "consolidated.*": METAS,

@@ -161,6 +161,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 499723\
     [
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "holds an adapter"),
         ({"config.json": "{}", "adapter_config.json": "{}", "adapter_model.safetensors": ""}, "holds an adapter"),
+        ({"memory_layers.safetensors": ""}, "holds tuned memory layers, not a model: convert.py --over"),
         ({"params.json": "{}", "consolidated.00.pth": "", "tokenizer.model": ""}, "Meta's own layout"),
         ({"consolidated.00.pth": ""}, "Meta's own layout"),
         ({"config.json": "{}", "small.Q4_K.gguf": ""}, "holds GGUF files"),

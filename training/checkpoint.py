@@ -67,7 +67,7 @@ def check_state(path: Path, state: dict, model: FastLlama, recipe_model: dict):
         named = False
     require(named, f"{path}: config is not that of its recipe")
     wanted = {name: x for name, x in model.named_parameters() if x.requires_grad}
-    kept = wanted if len(wanted) < len([*model.parameters()]) else model.state_dict()  # of LoRA, what it trains
+    kept = wanted if len(wanted) < len([*model.parameters()]) else model.state_dict()  # not what is frozen
     check_tensors(f"{path}: model", state["model"], {name: x.shape for name, x in kept.items()})
     tied = [state["model"].get(name) for name in ("embed_tokens.weight", "lm_head.weight")]
     fits = None in tied or not model.config.tie_word_embeddings or torch.equal(*tied)

@@ -282,8 +282,7 @@ class Rows:
         prompt, device = sample.ids[: sample.answer.index(True)], model.norm.weight.device
         if not model.config.mem_layers:
             prompt = prompt[-max(model.config.max_position_embeddings - SAMPLE, 1) :]
-        with torch.autocast(device.type, torch.bfloat16):
-            new = [i.item() for i in model.generate(torch.tensor([prompt], device=device), SAMPLE, temperature=0)]
+        new = [i.item() for i in model.generate(torch.tensor([prompt], device=device), SAMPLE, temperature=0)]
         return self.tokenizer.decode(prompt[-SAMPLE:]), self.tokenizer.decode(new)
 
 
@@ -292,8 +291,7 @@ def mean_loss(model: FastLlama, batch: tuple[Tensor, Tensor, Tensor], last: int 
     ids, labels, mask = (x.to(device) for x in batch)
     recomputes = torch.is_grad_enabled() and isinstance(model.layers[0], RecomputedBlock)
     cache = recomputed_cache(model) if recomputes else None
-    with torch.autocast(device.type, torch.bfloat16):
-        return model(ids, cache, mask, last, labels=labels)[0]
+    return model(ids, cache, mask, last, labels=labels)[0]
 
 
 def main():

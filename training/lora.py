@@ -12,7 +12,7 @@ PAIR = ("lora_a", "lora_b")
 
 
 class LoraLinear(nn.Linear):
-    """x W^T + (x A^T) B^T, with A (rank, in) random and B (out, rank) 0 at first. W is frozen, in bfloat16. There is no further
+    """x W^T + (x A^T) B^T, with A (rank, in) random and B (out, rank) 0 at first. W is frozen. There is no further
     scale: the learning rate is one."""
 
     def __init__(self, other: nn.Linear, rank: int):
@@ -31,7 +31,7 @@ class LoraLinear(nn.Linear):
 def add_lora(model: FastLlama, rank: int, products: list[str]):
     """Freezes the model, and puts a `LoraLinear` in the place of these products in all layers. Raises ValueError for a rank that
     saves nothing."""
-    model.to(torch.bfloat16).requires_grad_(False)
+    model.requires_grad_(False)
     for layer in model.layers:
         for name in products:
             product = getattr(layer, name)

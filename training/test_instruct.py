@@ -328,7 +328,14 @@ def run(recipe, data, init, output, *flags, monkeypatch) -> list[dict]:
     return [json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora", "2", "--checkpoint-layers")], ids=["all", "lora"])
+WAYS = [
+    (),
+    ("--lora", "2", "--checkpoint-layers"),
+    ("--tune", "memory", "--checkpoint-layers", "--dtype", "float32"),
+]
+
+
+@pytest.mark.parametrize("flags", WAYS, ids=["all", "lora", "memory"])
 def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(flags, recipe, data, init, tmp_path, monkeypatch, capsys):
     whole = run(recipe, data, init, tmp_path / "whole", *flags, monkeypatch=monkeypatch)
     run(recipe, data, init, tmp_path / "parts", *flags, "--stop-after", "2", monkeypatch=monkeypatch)
@@ -339,19 +346,15 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(flags, recipe, data
     assert all(torch.equal(x, models[1][name]) for name, x in models[0].items())
     before = load_file(init / "model.safetensors")
     same = {name for name, x in models[0].items() if torch.equal(x, before[name].to(torch.bfloat16))}
-    frozen = {
-        name
-        for name in before
-        if not flags or not any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    }
-    assert same == (frozen if flags else set())
-    if flags:
+    trained = {"--lora": ".self_attn.", "--tune": ".layers.1.self_attn."}.get(flags[0]) if flags else ""
+    assert same == {name for name in before if trained not in name}
+    for other in ([], ["--lora", "3"]) if flags else ():
         with pytest.raises(SystemExit):
-            run(recipe, data, init, tmp_path / "parts", "--resume", "--lora", "3", monkeypatch=monkeypatch)
-        assert "made with another --lora" in capsys.readouterr().err
+            run(recipe, data, init, tmp_path / "parts", "--resume", *other, monkeypatch=monkeypatch)
+        assert "made with another --" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora", "2", "--checkpoint-layers")], ids=["all", "lora"])
+@pytest.mark.parametrize("flags", WAYS, ids=["all", "lora", "memory"])
 def test_two_processes_tune_as_one(flags, recipe, data, init, tmp_path, monkeypatch):
     write(recipe, json.loads(recipe.read_text()) | {"phases": [PHASE | {"learning_rate": 1e-3}]})
     done = tune(recipe, data, init, tmp_path / "two", *flags, processes=2)
@@ -374,7 +377,9 @@ def test_two_processes_tune_as_one(flags, recipe, data, init, tmp_path, monkeypa
         ([{"conversations": [{"from": "cat", "value": "x"}]}], [], "a turn of 'cat', who is none of system, human, user, gpt"),
         ([{"conversations": [{"from": "user", "value": "x"}]}], [], "no rows to train on"),
         ([ROW | {"question": "\ud83d"}], [], "line 1 has half a character"),
-        ({}, ["--lora-products", "o_proj"], "--lora RANK"),
+        ({}, ["--lora-products", "o_proj"], "--lora RANK"), ({}, ["--dtype", "float16"], "float16"),
+        ({}, ["--tune", "memory", "--lora", "2"], "exclude each other"),
+        ({"model": {"mem_layers": [], "max_position_embeddings": 96}}, ["--tune", "memory"], "mem_layers"),
         ([{"conversations": [{"from": "user"}]}], [], "a turn without text under value"),
         ([{"conversations": 5}], [], "no list of turns"), ([], [], "no rows to train on"),
         ({"phases": [PHASE | {"length": 0}]}, [], "length"), ({"phases": [PHASE | {"input": 96}]}, [], "input 96"),

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import convert
 from cli.test_json_tokenizer import write_tokenizer
 from fast import FastConfig, FastLlama
 from longllama import cross_batch_extra
@@ -143,6 +144,31 @@ def test_interrupted_and_resumed_is_the_same_as_uninterrupted(whole, recipe, fol
     assert all(torch.equal(x, parts[name]) for name, x in load_file(whole / "model.safetensors").items())
 
 
+def test_what_is_computed_in_float32_is_within_bfloat16s_error_and_is_gone_on_with_alike(
+    whole, recipe, folder, tmp_path
+):
+    flags = ("--dtype", "float32")
+    train(recipe, folder, tmp_path, *flags, "--stop-after", 1)
+    done, _ = train(recipe, folder, tmp_path, "--resume", "--stop-after", 2)
+    assert done.returncode == 2 and "made with another --dtype" in done.stderr
+    done, _ = train(recipe, folder, tmp_path, *flags, "--resume", "--stop-after", 2)
+    first, second = losses(tmp_path), losses(whole)[:2]
+    assert done.returncode == 0 and first[1]["step"] == 2
+    for one, other in zip(first, second):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2**-8) and one["loss"] != other["loss"]
+    raw = json.loads(recipe.read_text())
+    model = FastLlama.from_pretrained(tmp_path)  # by hand: the loss of a step that changes nothing is that in float32
+    raw |= {"model": {}, "phases": [raw["phases"][0] | {"steps": 1, "learning_rate": 0, "groups": 1}]}
+    (tmp_path / "still.json").write_text(json.dumps(raw))
+    done, _ = train(tmp_path / "still.json", folder, tmp_path / "still", "--init", tmp_path, *flags)
+    (phase,) = Recipe(tmp_path / "still.json").phases
+    corpus, _ = read_corpora([Source(folder)], Tokenizer(tmp_path / "tokenizer.model"))
+    batch = corpus.batch((0, 0, 0), 2, 64, phase.mix_at(0), phase.extra(0))
+    logits = model.forward_cross_batch(torch.from_numpy(batch.inputs), phase.extra(0))
+    right = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), torch.from_numpy(batch.targets).flatten())
+    assert losses(tmp_path / "still")[0]["loss"] == pytest.approx(right.item(), rel=1e-6)
+
+
 def test_two_processes_train_as_one_which_resumes_from_their_checkpoint(whole, recipe, folder, tmp_path):
     done, so_far = train(recipe, folder, tmp_path, "--stop-after", 7, processes=2)  # in the second phase
     assert done.returncode == 0 and so_far is not None, done.stderr
@@ -164,6 +190,55 @@ def test_a_converted_checkpoint_is_tuned_from_its_own_weights(whole, recipe, fol
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "tuned" / "config.json").read_text())["mem_layers"] == [0]
     assert all(torch.allclose(x, tuned[name], atol=1e-6) for name, x in load_file(whole / "model.safetensors").items())
+
+
+def test_memory_layers_alone_are_tuned_and_are_a_small_file_to_lay_over_their_base(
+    whole, recipe, folder, tmp_path, capsys, monkeypatch
+):
+    raw, tune = json.loads(recipe.read_text()), tmp_path / "tune.json"
+    tuning = raw | {
+        "model": {"mem_layers": [0], "last_context_length": 100},
+        "phases": [raw["phases"][1] | {"steps": 2}],
+    }
+    tune.write_text(json.dumps(tuning))
+    done, tuned = train(tune, folder, tmp_path / "tuned", "--init", whole, "--tune", "memory", "--stop-after", 1)
+    assert done.returncode == 0, done.stderr
+    done, tuned = train(tune, folder, tmp_path / "tuned", "--init", whole, "--tune", "memory", "--resume")
+    assert done.returncode == 0, done.stderr
+    before, trained = load_file(whole / "model.safetensors"), ".layers.0.self_attn."
+    names = {name for name in before if trained in name}
+    assert {name for name, x in tuned.items() if not torch.equal(x, before[name])} == names and len(names) == 4
+    small = load_file(tmp_path / "tuned" / "memory_layers.safetensors")
+    assert small.keys() == names and {x.dtype for x in small.values()} == {torch.bfloat16}
+    checkpoint = torch.load(tmp_path / "tuned" / "checkpoint.pt", weights_only=True)
+    assert {x.dtype for x in checkpoint["model"].values()} == {torch.float32} and len(checkpoint["model"]) == 2
+
+    def lay_over(base, *flags) -> int:
+        small = tmp_path / "tuned" / "memory_layers.safetensors"
+        call = ["--input", base, "--over", small, "--output", tmp_path / "laid", "--force", *flags]
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, call)])
+        try:
+            convert.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    wide = tmp_path / "wide"  # the same base, stored in float32
+    shutil.copytree(whole, wide)
+    save_file({name: x.float() for name, x in before.items()}, wide / "model.safetensors")
+    for base, *flags in ([whole], [wide, "--dtype", "bfloat16"]):
+        assert lay_over(base, *flags) == 0
+        laid = load_file(tmp_path / "laid" / "model.safetensors")
+        assert all(torch.equal(x, laid[name]) for name, x in tuned.items()) and laid.keys() == tuned.keys()
+        configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("laid", "tuned")]
+        assert configs[0] == configs[1] and configs[0]["mem_layers"] == [0]
+    capsys.readouterr()
+    assert lay_over(tmp_path / "tuned") == 2  # a model of the same shape, and not the one that was tuned
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "was tuned from other weights than those in" in err
+    tune.write_text(json.dumps(tuning | {"phases": [tuning["phases"][0] | {"learning_rate": 0}]}))
+    done, still = train(tune, folder, tmp_path / "still", "--init", whole, "--tune", "memory")
+    assert done.returncode == 0 and all(torch.equal(x, still[name]) for name, x in before.items())
 
 
 @pytest.mark.parametrize("ids, right", [([2, 900], [2, 900]), ([700, 900, 1], 900), (5, 2)], ids=str)
@@ -219,6 +294,7 @@ def test_tuning_takes_the_tokenizer_beside_the_weights_and_goes_on_with_the_same
         (["--data", "nowhere"], "documents|.txt"),
         (["--recipe", "nowhere.json"], "nowhere.json"),
         (["--init", "nowhere"], "nowhere"),
+        (["--tune", "memory"], "--init"),
         (["--stop-after", "-3"], "-3"),
         (["--output", __file__], "no folder"),
     ],
@@ -822,6 +898,16 @@ def test_recipes_for_tuning_are_the_papers(name, seen):
     assert contexts(phase, 0, "full") == seen and phase.step_tokens == 1 << 18
     assert {phase.learning_rate_at(step) for step in (50, 1000, phase.steps - 1)} == {2e-5}
     assert recipe.weight_decay == 0.01 and not phase.asks
+
+
+@pytest.mark.parametrize("name, tokens", [("smollm2", 1 << 12), ("smollm2_gpu", 1 << 16)])
+def test_recipes_for_a_plain_llama_show_memory_layers_positives_and_negatives_in_one_batch(name, tokens):
+    recipe = Recipe(HERE / f"{name}.json")
+    (phase,) = recipe.phases
+    shape = {"hidden_size": 576, "num_attention_heads": 9, "num_hidden_layers": 30}
+    phase.check_fits(FastConfig(**shape | recipe.model))
+    assert contexts(phase, 0, "full") == "(0,0) (1,2) (2,4) (3,4)" and phase.step_tokens == tokens
+    assert phase.learning_rate_at(phase.steps - 1) == pytest.approx(2e-5 * 3200 / 576, rel=0.1)
 
 
 def test_a_recipe_without_a_shape_tunes_what_is_named(folder, tmp_path):

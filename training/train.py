@@ -91,9 +91,8 @@ class PackedDocuments:
             return None
         tokenizer, device = self.held.tokenizer, model.norm.weight.device
         prompt = self.held.documents[0][: model.config.max_position_embeddings // 2].tolist()
-        with torch.autocast(device.type, torch.bfloat16):
-            ids = model.generate(torch.tensor([prompt], device=device), SAMPLE, temperature=0.8, seed=0)
-            new = [i.item() for i in ids]
+        ids = model.generate(torch.tensor([prompt], device=device), SAMPLE, temperature=0.8, seed=0)
+        new = [i.item() for i in ids]
         return tokenizer.decode(prompt[-SAMPLE:]), tokenizer.decode(new)
 
 
@@ -107,8 +106,7 @@ def losses(model: FastLlama, batch, extra: list[int], detached: bool = False) ->
     """Mean cross-entropy over all tokens, and over the digits of pass keys asked for (0 without any)."""
     device = model.norm.weight.device
     inputs, targets, answers = (torch.from_numpy(x).to(device) for x in (batch.inputs, batch.targets, batch.answers))
-    with torch.autocast(device.type, torch.bfloat16):
-        logits = model.forward_cross_batch(inputs, extra, detached)
+    logits = model.forward_cross_batch(inputs, extra, detached)
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     answers = answers.flatten()
     return loss.mean(), (loss * answers).sum() / answers.sum().clamp(min=1)

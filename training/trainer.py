@@ -42,6 +42,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from cli.flags import check_new_folder, new_path, number
 from cli.loading import (
+    DTYPES,
     TINY,
     check_vocabulary,
     pick_device,
@@ -53,8 +54,9 @@ from cli.loading import (
 from cli.picture import import_pyplot, save_picture
 from convert import save_pretrained
 from fast import FastConfig, FastLlama
-from fast.files import replacing
+from fast.files import as_weights, replacing
 from fast.folder import check_folder
+from fast.tuned import fingerprint, write_tuned
 from longllama import require
 from tokenizer import Tokenizer
 from training.checkpoint import check_finite, check_state, digest, read_checkpoint, read_log
@@ -67,7 +69,7 @@ CLIP = 1.0  # largest norm of the gradient
 REPORT = 20  # steps between progress lines
 MEANS = 200  # points of a curve, at most
 TRAINED, EXPORTED = 12, 2  # bytes of a weight: with AdamW's two averages, all in float32; and in bfloat16
-LESS = "--checkpoint-layers, --lora, or a recipe whose batches are smaller"  # where memory is too small
+LESS = "--checkpoint-layers, --tune memory, --lora, or a recipe whose batches are smaller"  # where memory is too small
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -85,9 +87,17 @@ def memory_of(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
-def checksum(x: torch.Tensor) -> int:
-    """Of the bits of a tensor: the same in any order of summing."""
-    return x.contiguous().view(torch.int16).sum().item()
+def freeze_but_memory_layers(model: FastLlama):
+    """What is trained is the attention of memory layers, in float32; the rest is left as it is. Their norms are, too: what a
+    norm's weight could learn, the columns of qkv_proj that it scales can."""
+    require(
+        bool(model.config.mem_layers),
+        "--tune memory trains mem_layers, and the model has none: name some in the recipe",
+    )
+    model.requires_grad_(False)
+    for i in model.config.mem_layers:
+        for product in (model.layers[i].qkv_proj, model.layers[i].o_proj):
+            product.float().requires_grad_(True)
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
@@ -99,6 +109,8 @@ class Trainer:
         """read_data(tokenizer): a kind of data. settings: flag -> value, those that a run has to be resumed with, besides data
         and tokenizer."""
         self.args, self.stop, self.recipe = args, stop, recipe
+        self.dtype = DTYPES[args.dtype]  # that is computed in; weights that are trained are in float32
+        self.freezes = bool(args.lora) or args.tune == "memory"  # weights, which are in that dtype
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(args.device)
         if self.world > 1:
@@ -125,7 +137,12 @@ class Trainer:
         model = self.start(config, fresh=state is None)
         if args.lora:
             self.made_with["--lora"] = f"{args.lora} {' '.join(args.lora_products or PRODUCTS[:2])}"
-            self.made_with["--init"] = digest({name: checksum(x) for name, x in model.hf_tensors().items()})
+        if args.tune == "memory":
+            self.made_with["--tune"] = args.tune
+        if args.dtype != "bfloat16":
+            self.made_with["--dtype"] = args.dtype
+        if self.freezes:
+            self.made_with["--init"] = fingerprint(as_weights(model.hf_tensors()))
         if state:
             self.check_made_with(state)
         self.model = self.prepared(model)
@@ -145,7 +162,11 @@ class Trainer:
             raise FileExistsError(f"{args.output} has a run in it: add --resume to go on, or name another --output")
         if (args.output / "config.json").exists() and not args.resume:
             raise FileExistsError(f"{args.output} has a model in it, which is not replaced: name another --output")
-        require(not args.lora or args.init is not None, "--lora adds to weights that are there: name them with --init")
+        flag = "--lora" if args.lora else "--tune memory"
+        require(
+            not self.freezes or args.init is not None, f"{flag} needs weights that are there: name them with --init"
+        )
+        require(not args.lora or args.tune == "all", "--lora and --tune memory exclude each other: leave one out")
         require(args.lora or not args.lora_products, "--lora-products says where --lora RANK adds to: give it, too")
         if args.init:
             check_folder(args.init)
@@ -178,12 +199,12 @@ class Trainer:
                 raise ValueError(f"{args.recipe} has {error}") from None
         weights, has = parameter_count(config), memory_of(self.device)
         logits = 4 * config.vocab_size * max(phase.group_tokens for phase in phases)
-        bytes_of_each = EXPORTED if args.lora else TRAINED + 4  # frozen ones are in bfloat16; and 4 of a gradient
+        bytes_of_each = EXPORTED if self.freezes else TRAINED + 4  # frozen ones are in bfloat16; and 4 of a gradient
         needs = bytes_of_each * weights / self.world + logits
         told = f"training takes {needs / 1e9:,.0f} GB at the least, and {self.device} has {has / 1e9:,.0f}"
         require(needs <= has, f"{args.recipe}: {told}: make the model, or what a batch holds, smaller")
         if self.rank == 0:
-            kept = EXPORTED if args.lora else 2 * TRAINED + EXPORTED  # a new checkpoint stands beside the one before
+            kept = EXPORTED if self.freezes else 2 * TRAINED + EXPORTED  # a new checkpoint stands beside the one before
             check_new_folder("--output", args.output, kept * weights)
 
     def check_made_with(self, state: dict):
@@ -196,11 +217,11 @@ class Trainer:
         require(state["step"] <= stop, f"--stop-after {stop}: the run is at step {state['step']} already")
 
     def start(self, config: FastConfig, fresh: bool) -> FastLlama:
-        """The model that training starts from; a run that is resumed brings its own weights, but for those that LoRA leaves."""
+        """The model that training starts from; a run that is resumed brings its own weights, but for frozen ones."""
         torch.manual_seed(self.recipe.seed)
-        if not self.args.init or not (fresh or self.args.lora):
+        if not self.args.init or not (fresh or self.freezes):
             return FastLlama(config)
-        dtype = torch.bfloat16 if self.args.lora else torch.float32
+        dtype = self.dtype if self.freezes else torch.float32
         model = FastLlama.from_pretrained(self.args.init, dtype=dtype, **asdict(config)).train()
         for text in unlike_its_config(self.args.init, model.config):
             warn(text)
@@ -212,6 +233,8 @@ class Trainer:
         """On its device, with what flags ask for, and spread over processes."""
         if self.args.lora:
             add_lora(model, self.args.lora, self.args.lora_products or PRODUCTS[:2])
+        if self.args.tune == "memory":
+            freeze_but_memory_layers(model)
         if self.args.checkpoint_layers:
             recompute_layers(model)
         if self.world == 1:
@@ -222,6 +245,9 @@ class Trainer:
         register_fsdp_forward_method(model, "forward_cross_batch")
         return model
 
+    def computing(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
     def train_step(self) -> tuple[list[float], bool]:
         """One optimizer step; each process takes its share of the groups. Returns this step's numbers, and whether any process
         was told to stop. Raises ValueError, before the step is taken, where it is not finite."""
@@ -230,7 +256,8 @@ class Trainer:
             group["lr"] = phase.learning_rate_at(step)
         total = torch.zeros(len(self.data.names) + 1, device=self.device)
         for group in range(self.rank, phase.groups, self.world):
-            loss, numbers = self.data.loss(self.model, phase, step, (self.recipe.seed, self.step, group))
+            with self.computing():
+                loss, numbers = self.data.loss(self.model, phase, step, (self.recipe.seed, self.step, group))
             # Sharded gradients are averaged over processes, so a process's own are averaged over its own groups.
             (loss * self.world / phase.groups).backward()
             total[:-1] += torch.stack([x.detach() for x in numbers]) / phase.groups
@@ -305,15 +332,17 @@ class Trainer:
     @torch.no_grad()
     def validate(self, phase):
         """Tells of what is held out, and keeps it beside this step's losses. All processes compute the same."""
-        found = self.data.validate(self.model, phase)
+        with self.computing():
+            found = self.data.validate(self.model, phase)
+            sampled = self.data.sample(self.model) if self.world == 1 else None  # sharded weights are not sampled from
         if found:
             self.losses[-1]["held_out"] = found
             told = ", ".join(f"{loss:.4f} {how}" for how, loss in found.items())
             self.say(f"step {self.step}: loss on held-out documents {told}")
         if self.world > 1:
             self.model.reshard()  # which only a backward pass does by itself
-        if self.world == 1 and (sample := self.data.sample(self.model)):  # sharded weights are not sampled from
-            self.say("  {!r} -> {!r}".format(*sample))
+        if sampled:
+            self.say("  {!r} -> {!r}".format(*sampled))
 
     def leave(self):
         """No process leaves while another still needs it."""
@@ -325,11 +354,15 @@ class Trainer:
         start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if self.world > 1 else ["python"]
         return shlex.join([*start, *sys.argv, *["--resume"] * (not self.args.resume)])
 
-    # Checkpoints hold whole tensors, not shards, so one written by 8 processes resumes on 1; and of LoRA's, what it trains.
+    # Checkpoints hold whole tensors, not shards, so one written by 8 processes resumes on 1; and not what is frozen.
 
     def _state(self, full: bool) -> tuple[dict, dict]:
-        options = StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=bool(self.args.lora))
-        return get_state_dict(self.model, self.optimizer, options=options)
+        options = StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=self.freezes)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
+        if self.freezes:  # a frozen matrix that is tied is left in by torch, under its second name
+            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+            model = {name: x for name, x in model.items() if name in trained}
+        return model, optimizer
 
     def save_checkpoint(self):
         norm = whole(get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad])).item()
@@ -359,7 +392,7 @@ class Trainer:
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict={"state": state["optimizer"]["state"], "param_groups": own["param_groups"]},
-            options=StateDictOptions(full_state_dict=True, strict=not self.args.lora),
+            options=StateDictOptions(full_state_dict=True, strict=not self.freezes),
         )
         self.step = self.saved = state["step"]
         if self.rank == 0:
@@ -374,6 +407,8 @@ class Trainer:
             model.load_state_dict(merged(weights))
             source = self.args.init or self.args.output  # where an earlier export has put what goes with them
             save_pretrained(model.to(torch.bfloat16), self.args.output, self.args.tokenizer, source)
+            if self.args.tune == "memory":
+                write_tuned(self.args.output / "memory_layers.safetensors", model, self.made_with["--init"])
             if find_spec("matplotlib"):
                 self.draw()
             self.say(f"wrote {self.args.output}; next: python generate.py --model {self.args.output} --prompt TEXT")
@@ -424,7 +459,11 @@ def add_training_flags(parser: argparse.ArgumentParser, recipe: Path, output: Pa
         metavar="RANK",
         help="train LoRA's small matrices, and not the weights, for which the recipes' learning rates are",
     )
+    tuned = "memory: train the attention of memory layers alone, which is written to a small file, too (default all)"
+    add("--tune", choices=["all", "memory"], default="all", help=tuned)
     add("--lora-products", nargs="+", choices=PRODUCTS, help="what they are added to (default: qkv_proj o_proj)")
+    computed = "what is computed in (default bfloat16); CPUs without AMX may be faster in float32"
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help=computed)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
 
 
