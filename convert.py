@@ -2,10 +2,12 @@
 
     python convert.py --input HF_DIR --output DIR --dtype bfloat16      # pytorch_model.bin or safetensors, whole or sharded
     python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
+    python convert.py --input DIR --output SMALLER --weights int8       # half the bytes, to be read as it is
 
 Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model. Going back, the
 weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its memory settings kept. Small files
-that transformers keeps beside them, as a chat template, come along both ways.
+that transformers keeps beside them, as a chat template, come along both ways. Only we read weights in int8 or int4: --to-hf and
+--dtype make of them matrices of the rounded numbers.
 
 Tensors are read and written one by one, so memory holds about one at a time. Weights are untrusted: nothing is unpickled but
 tensors, and no file outside the input folder is opened.
@@ -16,7 +18,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -43,6 +45,7 @@ from fast.files import (
 )
 from fast.folder import BESIDE, check_folder, files_of, replacing_model
 from fast.model import check_weights, untied
+from fast.quantised import KINDS, dequantised_weights, quantised_weights
 from longllama import LongLlama, LongLlamaConfig, require
 from tokenizer import Tokenizer
 
@@ -180,8 +183,10 @@ def content(token) -> str:
 def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None = None, source: Path | None = None):
     """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer.model, in the place of the
     model that is there, if any; None: its tokenizer stays. source: a folder whose small files go with the model, too. Raises
-    OSError."""
+    OSError, and ValueError for rounded weights."""
     folder = Path(folder)
+    whole = all(p.is_floating_point() for p in model.parameters())
+    require(whole, "rounded weights are stored by convert.py --weights, from the model in 16 bits")
     tokenizer = tokenizer or folder / "tokenizer.model"
     texts = texts_beside(source, model.config) if source else {}
     with replacing_model(folder) as made:
@@ -209,7 +214,25 @@ def check_folders(source: Path, target: Path, force: bool):
         raise ValueError("--output is the --input folder: name another one")
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool):
+def as_asked(
+    config: FastConfig, weights: Weights, dtype: torch.dtype | None, kind: str | None, to_hf: bool
+) -> tuple[FastConfig, Weights]:
+    """The config and weights, rounded, or matrices of that dtype again. Raises ValueError."""
+    stored = config.weight_dtype
+    if kind:
+        require(
+            not to_hf, "--to-hf makes a folder for transformers, which does not read --weights: leave one of them out"
+        )
+        require(not dtype, "--weights says what matrices are stored as: leave out --dtype")
+        require(stored in (None, kind), f"--input has weights rounded to {stored} already: take the model in 16 bits")
+    if stored and (dtype or to_hf):
+        return replace(config, weight_dtype=None), dequantised_weights(weights, dtype or torch.bfloat16)
+    if kind and not stored:
+        return replace(config, weight_dtype=kind), quantised_weights(weights, kind)
+    return config, weights
+
+
+def convert(source: Path, target: Path, dtype: torch.dtype | None, kind: str | None, to_hf: bool, force: bool):
     check_folder(source)
     check_folders(source, target, force)
     config, weights = FastConfig.from_json(source / "config.json"), read_weights(source)
@@ -225,7 +248,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, 
         except ValueError as error:  # one that the model was not made with; generate.py refuses it
             warn(str(error))
     texts = texts_beside(source, config, to_hf)
-    saved = dtype or next(iter(weights.values()))[1]
+    saved = dtype or next(stored for _, stored, _ in weights.values() if stored.is_floating_point)
+    config, weights = as_asked(config, weights, dtype, kind, to_hf)
     weights = {name: (shape, stored, partial(watched, name, read)) for name, (shape, stored, read) in weights.items()}
     nbytes = sum(torch.Size(shape).numel() * (dtype or stored).itemsize for shape, stored, _ in weights.values())
     check_new_folder("--output", target, nbytes)
@@ -247,11 +271,12 @@ def main():
     parser.add_argument("--input", type=Path, required=True, help="folder to read")
     parser.add_argument("--output", type=new_path, required=True, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")
+    parser.add_argument("--weights", choices=KINDS, help="round matrices to 8 or 4 bits")
     parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
     parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")
     args = parser.parse_args()
     with ending_well(parser):
-        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force)
+        convert(args.input, args.output, DTYPES.get(args.dtype), args.weights, args.to_hf, args.force)
         tell(f"wrote {args.output}")
 
 

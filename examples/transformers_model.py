@@ -33,7 +33,7 @@ from fast import FastConfig, FastLlama
 from fast.files import find_weights
 from fast.folder import check_folder
 from fast.model import check_weights, untied
-from longllama import Cache
+from longllama import Cache, require
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedModel
@@ -179,6 +179,9 @@ def run(args: argparse.Namespace):
     prompt, tokenizer = read_prompt(args), read_tokenizer(args.model / "tokenizer.model")
     config, weights = FastConfig.from_json(args.model / "config.json"), find_weights(args.model)
     check_vocabulary(args.model, tokenizer, config)
+    require(
+        config.weight_dtype is None, f"{args.model} has weights of 8 or 4 bits: convert.py --to-hf makes 16 of them"
+    )
     check_weights(untied(config, weights), weights, args.model)  # transformers takes many lines to say what is wrong
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -52,7 +52,7 @@ def last_losses(model: FastLlama, ids: Tensor, cache: Cache | None = None) -> tu
 
 def perplexity(model: FastLlama, documents: list[Tensor], memory: int, most: int, stride: int) -> tuple[float, int]:
     """Perplexity of every stride-th window after the first `most`, with `memory` windows remembered; and the tokens it is of."""
-    window, device = model.config.max_position_embeddings, model.embed_tokens.weight.device
+    window, device = model.config.max_position_embeddings, model.norm.weight.device
     pieces = [
         document[(w - memory) * window : (w + 1) * window + 1]  # one more: the target of the last token
         for document in documents
@@ -82,7 +82,7 @@ def by_position(model: FastLlama, beginnings: Tensor, remembers: bool) -> list[f
     window = model.config.max_position_embeddings
     n = beginnings.shape[1] // window
     sums = torch.zeros(n, dtype=torch.float64)
-    for batch in beginnings.to(model.embed_tokens.weight.device).split(BATCH):
+    for batch in beginnings.to(model.norm.weight.device).split(BATCH):
         cache = None
         for i in range(n):
             piece = batch[:, i * window : (i + 1) * window + 1]
@@ -135,7 +135,7 @@ def main():
         n = max(most, 1)  # windows of the picture
         rows = [["model", *map(windows, args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
         for name, folder in by_name(args.model).items():
-            model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory)
+            model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory, args.weights)
             documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in files]
             cells = []
             try:

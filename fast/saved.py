@@ -31,6 +31,7 @@ VERSION = 2  # of what files say of themselves; the first one's hash was of some
 FREE_SETTINGS = (
     "last_context_length", "mem_attention_grouping", "mem_topk", "mem_device", "keep_local",
     "bos_token_id", "eos_token_id", "pad_token_id",
+    "weight_dtype",  # which the hash of weights tells
 )  # fmt: skip
 LENGTHS = ("batch_size", "local_length", "memory_length")  # of a Cache
 AT_ONCE = 1 << 24  # numbers of a weight that are copied from a GPU at once
