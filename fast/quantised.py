@@ -165,10 +165,12 @@ def quantised_weights(weights: Weights, kind: str) -> Weights:
         if len(shape) != 2:
             made[name] = shape, dtype, read
             continue
-        to = kind_of(name.split(".")[-2], kind)
-        shapes = quantise(torch.empty(shape, device="meta"), to)
+        (N, K), to = shape, kind_of(name.split(".")[-2], kind)
+        forms = ([N, K], torch.int8), ([N, 1], torch.bfloat16)
+        if to == "int4":
+            forms = ([N, K // 2], torch.uint8), ([N, K // GROUP], torch.bfloat16)
         for i, suffix in enumerate((to, "scale")):
-            made[f"{name}_{suffix}"] = list(shapes[i].shape), shapes[i].dtype, partial(rounded, name, to, i)
+            made[f"{name}_{suffix}"] = *forms[i], partial(rounded, name, to, i)
     return made
 
 

@@ -147,7 +147,7 @@ def test_logits_are_those_of_the_model_of_rounded_matrices(kind, changes, tmp_pa
     right, out = LongLlama.from_pretrained(tmp_path)(ids)[0], rounded(ids)[0]
     assert (out - right).norm() < 3e-2 * right.norm()  # bfloat16 makes 1% of such short windows
     far = (right - unrounded(ids)[0]).norm() / right.norm()
-    assert (0.003 < far < 0.05) if kind == "int8" else (0.05 < far < 0.3)
+    assert (0.003 < far < 0.05) if kind == "int8" else (0.1 < far < 0.6)
     steps = read(rounded, ids, [40, *[1] * 20])
     assert (steps[:, 40:] - read(rounded, ids, [40, 20])[:, 40:]).norm() < 3e-2 * right.norm()
 
