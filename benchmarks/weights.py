@@ -4,8 +4,8 @@
     python benchmarks/weights.py --model DIR --dtype bfloat16 --text FILE --tokens 8k
     python benchmarks/weights.py --shape 3b --layers 4 --dtype bfloat16 --prompt-tokens 512,4k --repeats 5 --compare torchao
 
---shape is of random weights, for times at a real size; all but the head's scale with the layers. Repeats are interleaved, and times
-are medians.
+--shape is of random weights, for times at a real size; all but the head's scale with the layers. Repeats are interleaved, and
+times are medians.
 torchao rounds to int8, too, by Int8WeightOnlyConfig; without a compiler it makes the whole matrix in 16 bits for every product.
 """
 

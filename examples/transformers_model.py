@@ -70,9 +70,14 @@ class LongLlamaConfig(LlamaConfig):
             path = Path(folder) / "config.json"
             self.to_json_file(path, use_diff=False)
             try:
-                return FastConfig.from_json(path)
+                config = FastConfig.from_json(path)
             except ValueError as error:  # which begins with a file that nobody knows
                 raise ValueError(str(error).removeprefix(f"{path}: ")) from None
+        rounded = f"weight_dtype {config.weight_dtype!r} is not what transformers reads"
+        require(
+            config.weight_dtype is None, f"{rounded}: convert.py --dtype bfloat16 makes whole weights of rounded ones"
+        )
+        return config
 
 
 class MemoryCache(CacheOfTransformers):
@@ -179,9 +184,6 @@ def run(args: argparse.Namespace):
     prompt, tokenizer = read_prompt(args), read_tokenizer(args.model / "tokenizer.model")
     config, weights = FastConfig.from_json(args.model / "config.json"), find_weights(args.model)
     check_vocabulary(args.model, tokenizer, config)
-    require(
-        config.weight_dtype is None, f"{args.model} has weights of 8 or 4 bits: convert.py --to-hf makes 16 of them"
-    )
     check_weights(untied(config, weights), weights, args.model)  # transformers takes many lines to say what is wrong
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -189,9 +189,8 @@ class Trainer:
     def start(self, config: FastConfig, fresh: bool) -> FastLlama:
         """The model that training starts from; a run that is resumed brings its own weights, but for those that LoRA leaves."""
         torch.manual_seed(self.recipe.seed)
-        require(
-            config.weight_dtype is None, "weights of 8 or 4 bits are not trained: name a model in 16 bits with --init"
-        )
+        whole = config.weight_dtype is None
+        require(whole, "weights of 8 or 4 bits are not trained: name a model in 16 bits with --init")
         if not self.args.init or not (fresh or self.args.lora):
             return FastLlama(config)
         dtype = torch.bfloat16 if self.args.lora else torch.float32
