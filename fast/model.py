@@ -118,7 +118,7 @@ class FastLlama(LongLlama):
         if self.config.weight_dtype is None:
             use_fast_linear(self, self.limits)
         else:
-            use_quantised(self, self.config.weight_dtype, self.limits)
+            use_quantised(self, self.config.weight_dtype)
             self.tie_weights()
         self.compiled_logits: Callable | None = None
         self.steps: Steps | None = None

@@ -14,13 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.files import Weights
-from fast.linear import Limits
 
 KINDS = ("int8", "int4")
 GROUP = 32  # numbers of a row that share a scale in int4
 ALWAYS_INT8 = ("embed_tokens", "lm_head")  # in int4, too: few bytes of a large model, and many of its errors
-FEW = 16  # tokens at once for which the CPU's int8 kernel is the fastest way
-AT_ONCE = 1 << 22  # numbers of a matrix that are rounded at once
+FEW, MANY = (
+    32,
+    256,
+)  # up to so many tokens at once the CPU's int8 kernel is the fastest way; from so many on, its int4 is not
+BLOCKS = (64, 32)  # rows that the int4 kernel has together, with AVX-512, and with AVX2
+AT_ONCE, PIECE = (
+    1 << 22,
+    1 << 20,
+)  # numbers of a matrix that are rounded at once; that are whole again at once, on a CPU
 
 
 def kind_of(module: str, kind: str) -> str:
@@ -57,13 +63,25 @@ def dequantised(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What `quantise` gave, as a matrix (N, K) of that dtype again."""
     if weight.dtype == torch.int8:
         return weight.to(dtype) * scale.to(dtype)
-    whole = unpacked(weight).to(dtype) - 8
-    return (whole.unflatten(1, (-1, GROUP)) * scale.to(dtype).unsqueeze(2)).flatten(1)
+    return scaled(unpacked(weight), scale, dtype)
+
+
+def scaled(whole: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 to 15 (N, K), and scales (N, K/GROUP) -> (N, K)."""
+    return ((whole.to(dtype) - 8).unflatten(1, (-1, GROUP)) * scale.to(dtype).unsqueeze(2)).flatten(1)
 
 
 def unpacked(weight: Tensor) -> Tensor:
     """Two of 4 bits in each uint8 (N, K/2) -> 0 to 15, (N, K)."""
     return torch.stack((weight & 15, weight >> 4), dim=2).flatten(1)
+
+
+def unlaid(weight: Tensor, block: int) -> Tensor:
+    """Rows (N, K/2) as the int4 kernel has them -> 0 to 15, (N, K). `block` rows lie together, number by number, and those of the
+    first half in the lower bits."""
+    N, K = weight.shape[0], 2 * weight.shape[1]
+    halves = weight.reshape(-1, K, block // 2)
+    return torch.cat((halves & 15, halves >> 4), dim=2).mT.reshape(N, K)
 
 
 # ------------------------------------------------------------------------------------------------------------ Modules
@@ -72,9 +90,9 @@ def unpacked(weight: Tensor) -> Tensor:
 class Int8Linear(nn.Module):
     """An nn.Linear without bias, of a matrix in int8."""
 
-    def __init__(self, other: nn.Linear, limits: Limits):
+    def __init__(self, other: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features, self.limits = other.in_features, other.out_features, limits
+        self.in_features, self.out_features = other.in_features, other.out_features
         self.weight_int8, self.weight_scale = parameters(other.weight, "int8")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +102,7 @@ class Int8Linear(nn.Module):
             out = torch._weight_int8pack_mm(rows.bfloat16(), weight, scale.flatten().bfloat16())
             return out.to(x.dtype).unflatten(0, x.shape[:-1])
         if on_cpu and not torch.compiler.is_compiling():  # in pieces, which are still in its cache when they are used
-            pieces = (y.split(max(self.limits.cast // self.in_features, 1)) for y in (weight, scale))
+            pieces = (y.split(max(PIECE // self.in_features, 1)) for y in (weight, scale))
             return torch.cat([F.linear(x, dequantised(*piece, x.dtype)) for piece in zip(*pieces)], dim=-1)
         return F.linear(x, dequantised(weight, scale, x.dtype))  # compiled, a token reads the int8 alone
 
@@ -97,13 +115,16 @@ class Int4Linear(nn.Module):
         self.in_features, self.out_features = other.in_features, other.out_features
         self.weight_int4, self.weight_scale = parameters(other.weight, "int4")
         self.register_buffer("scales_and_zeros", None, persistent=False)  # (in / GROUP, out, 2), for the kernel
+        self.block = None  # as in `unlaid`, where that undoes the kernel's layout
 
     def pack(self):
         """Lays the matrix out as torch's kernel for this CPU has it, in its place, where that takes it: from now on it cannot be
         moved to another device, or saved."""
         if self.weight_int4.device.type == "cpu" and self.out_features % 16 == 0:
-            whole = unpacked(self.weight_int4).int()
-            self.weight_int4.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 2))
+            whole = unpacked(self.weight_int4)
+            packed = self.weight_int4.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 2))
+            fits = (n for n in BLOCKS if self.out_features % n == 0 and torch.equal(unlaid(packed, n), whole))
+            self.block = next(fits, None)
             scale = self.weight_scale.T.bfloat16()  # (in / GROUP, out)
             self.scales_and_zeros = torch.stack((scale, torch.zeros_like(scale)), dim=2)
             self.weight_scale = None
@@ -112,6 +133,10 @@ class Int4Linear(nn.Module):
         if self.scales_and_zeros is None:
             return F.linear(x, dequantised(self.weight_int4, self.weight_scale, x.dtype))
         rows = x.flatten(0, -2).bfloat16()  # (rows, in)
+        if self.block and len(rows) >= MANY and not torch.compiler.is_compiling():
+            step = max(PIECE // self.in_features // self.block, 1) * self.block
+            pieces = zip(self.weight_int4.split(step), self.scales_and_zeros[..., 0].T.split(step))
+            return torch.cat([F.linear(x, scaled(unlaid(w, self.block), s, x.dtype)) for w, s in pieces], dim=-1)
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight_int4, GROUP, self.scales_and_zeros)
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
@@ -135,15 +160,14 @@ def parameters(matrix: Tensor, kind: str) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 @torch.no_grad()
-def use_quantised(model: nn.Module, kind: str, limits: Limits):
+def use_quantised(model: nn.Module, kind: str):
     """Puts a quantised module in the place of every nn.Linear and nn.Embedding of a model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Embedding):
                 setattr(parent, name, Int8Embedding(child))
             elif isinstance(child, nn.Linear):
-                coarse = kind_of(name, kind) == "int4"
-                setattr(parent, name, Int4Linear(child) if coarse else Int8Linear(child, limits))
+                setattr(parent, name, Int4Linear(child) if kind_of(name, kind) == "int4" else Int8Linear(child))
 
 
 # -------------------------------------------------------------------------------------------------------------- Files
