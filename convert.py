@@ -4,10 +4,12 @@
     python convert.py --input model.gguf --output DIR                   # llama.cpp's, dequantised
     python convert.py --input DIR --output HF_DIR --to-hf               # for LlamaForCausalLM.from_pretrained
     python convert.py --input DIR --over memory_layers.safetensors --output TUNED       # what train.py --tune memory wrote
+    python convert.py --input DIR --output SMALLER --weights int8       # half the bytes, to be read as it is
 
 Our folder is config.json, one model.safetensors under Hugging Face's tensor names, and tokenizer.model, or for want of it
 tokenizer.json. Going back, the weights are the same and config.json says LlamaForCausalLM: a plain LLaMA to others, with its
-memory settings kept. Small files that transformers keeps beside them, as a chat template, come along both ways.
+memory settings kept. Small files that transformers keeps beside them, as a chat template, come along both ways. Only we read
+weights in int8 or int4: --to-hf and --dtype make of them matrices of the rounded numbers.
 
 A GGUF file holds settings and a tokenizer, too. What it quantised is stored as float16, as the scales of its blocks are, if
 --dtype does not say otherwise.
@@ -58,6 +60,7 @@ from fast.files import (
 from fast.folder import BESIDE, check_folder, files_of, replacing_model
 from fast.gguf import is_gguf, unpack
 from fast.model import check_weights, untied
+from fast.quantised import KINDS, dequantised_weights, quantised_weights
 from fast.tuned import laid_over
 from longllama import LongLlama, LongLlamaConfig, require
 from tokenizer import SentencePieceTokenizer, Tokenizer, content
@@ -205,8 +208,10 @@ def texts_of_tokenizer(tokenizer: Path, config: LongLlamaConfig) -> dict[str, st
 def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None = None, source: Path | None = None):
     """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer, in the place of the
     model that is there, if any; None: its tokenizer stays. source: a folder whose small files go with the model, too. Raises
-    OSError."""
+    OSError, and ValueError for rounded weights."""
     folder = Path(folder)
+    whole = all(p.is_floating_point() for p in model.parameters())
+    require(whole, "rounded weights are stored by convert.py --weights, from the model in 16 bits")
     tokenizer = tokenizer or tokenizer_in(folder)
     texts = (texts_beside(source, model.config) if source else {}) | texts_of_tokenizer(tokenizer, model.config)
     with replacing_model(folder) as made:
@@ -234,73 +239,81 @@ def check_folders(source: Path, target: Path, force: bool):
         raise ValueError("--output is the --input folder: name another one")
 
 
+def as_asked(
+    config: FastConfig, weights: Weights, dtype: torch.dtype | None, kind: str | None, to_hf: bool
+) -> tuple[FastConfig, Weights]:
+    """The config and weights, rounded, or matrices of that dtype again. Raises ValueError."""
+    stored = config.weight_dtype
+    if kind:
+        require(
+            not to_hf, "--to-hf makes a folder for transformers, which does not read --weights: leave one of them out"
+        )
+        require(not dtype, "--weights says what matrices are stored as: leave out --dtype")
+        require(stored in (None, kind), f"--input has weights rounded to {stored} already: take the model in 16 bits")
+    if stored and (dtype or to_hf):
+        return replace(config, weight_dtype=None), dequantised_weights(weights, dtype or torch.bfloat16)
+    if kind and not stored:
+        return replace(config, weight_dtype=kind), quantised_weights(weights, kind)
+    return config, weights
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Path, Callable[[], Weights]]]:
-    """The folder of a model in Hugging Face's layout, and how to find its weights. A GGUF file becomes one, for the time."""
+def opened(path: Path) -> Iterator[tuple[Path, Weights]]:
+    """The folder of a model in Hugging Face's layout, and its weights. A GGUF file becomes one, for the time."""
     if is_gguf(path):
         with TemporaryDirectory(prefix=f"{path.name}.") as folder:
             weights = unpack(path, Path(folder))
-            yield Path(folder), lambda: weights
+            yield Path(folder), weights
     else:
-        yield path, partial(read_weights, path)
+        yield path, read_weights(path)
 
 
-def convert(
-    path: Path, target: Path, dtype: torch.dtype | None, to_hf: bool, force: bool, over: Path | None = None, **changes
-):
-    """over: a file of tuned memory layers. changes: of the config; None is none."""
-    if not is_gguf(path):
-        check_folder(path)
-    check_folders(path, target, force)
-    with opened(path) as (source, find):
-        convert_folder(source, find, target, dtype, to_hf, over, changes)
-
-
-def read_model(
-    source: Path, find: Callable[[], Weights], over: Path | None, changes: dict
-) -> tuple[FastConfig, Weights]:
-    config, weights = FastConfig.from_json(source / "config.json"), find()
+def checked(source: Path, weights: Weights, over: Path | None, changes: dict) -> tuple[FastConfig, Weights]:
+    """The config of a folder, and its weights. See `convert`."""
+    config, tokenizer = FastConfig.from_json(source / "config.json"), tokenizer_in(source)
     changes = {name: value for name, value in changes.items() if value is not None}
     config = untied(replace(config, **with_window(config, changes)), weights)
     weights = check_weights(config, weights, source)
     if over is not None:
+        require(not changes, "--over brings its own layers and window: leave out --mem-layers and --window")
         config, weights = laid_over(over, weights, source)
     for text in unlike_its_config(source, config):
         warn(text)
-    return config, weights
-
-
-def convert_folder(
-    source: Path,
-    find: Callable[[], Weights],
-    target: Path,
-    dtype: torch.dtype | None,
-    to_hf: bool,
-    over: Path | None,
-    changes: dict,
-):
-    config, weights = read_model(source, find, over, changes)
-    tokenizer = tokenizer_in(source)
     if tokenizer.exists():
         pieces = read_tokenizer(tokenizer)
         try:
             config = with_special_ids(config, pieces, source)
         except ValueError as error:  # one that the model was not made with; generate.py refuses it
             warn(str(error))
-    texts = texts_beside(source, config, to_hf)
-    saved = dtype or next(iter(weights.values()))[1]
-    weights = {name: (shape, stored, partial(watched, name, read)) for name, (shape, stored, read) in weights.items()}
-    nbytes = sum(torch.Size(shape).numel() * (dtype or stored).itemsize for shape, stored, _ in weights.values())
-    check_new_folder("--output", target, nbytes)
-    with replacing_model(target) as made:
-        write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
-        write_config(made / "config.json", config, saved, to_hf)
-        for name, text in texts.items():
-            (made / name).write_text(text, encoding="utf-8")
-        if tokenizer.exists():
-            copy_tokenizer(tokenizer, made)
-        else:
-            warn(f"{source} has no tokenizer.model and no tokenizer.json; generate.py will need one")
+    return config, weights
+
+
+def convert(
+    path: Path, target: Path, *, dtype: torch.dtype | None = None, kind: str | None = None, to_hf=False, force=False,
+    over: Path | None = None, **changes,
+):  # fmt: skip
+    """Makes a folder of a folder or a GGUF file. dtype: to store weights as, None: as they are; kind: "int8" or "int4", to round
+    matrices to; over: a file of tuned memory layers; changes: of the config, None is none. Raises OSError or ValueError."""
+    if not is_gguf(path):
+        check_folder(path)
+    check_folders(path, target, force)
+    with opened(path) as (source, weights):
+        config, weights = checked(source, weights, over, changes)
+        texts = texts_beside(source, config, to_hf)
+        saved = dtype or next(stored for _, stored, _ in weights.values() if stored.is_floating_point)
+        config, weights = as_asked(config, weights, dtype, kind, to_hf)
+        weights = {name: (shape, x, partial(watched, name, read)) for name, (shape, x, read) in weights.items()}
+        nbytes = sum(torch.Size(shape).numel() * (dtype or stored).itemsize for shape, stored, _ in weights.values())
+        check_new_folder("--output", target, nbytes)
+        with replacing_model(target) as made:
+            write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
+            write_config(made / "config.json", config, saved, to_hf)
+            for name, text in texts.items():
+                (made / name).write_text(text, encoding="utf-8")
+            if tokenizer_in(source).exists():
+                copy_tokenizer(tokenizer_in(source), made)
+            else:
+                warn(f"{path} has no tokenizer.model and no tokenizer.json; generate.py will need one")
 
 
 def main():
@@ -311,13 +324,14 @@ def main():
         "--over", type=Path, metavar="FILE", help="memory layers tuned from --input, to take their place"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="what to store weights as (default: as they are)")
+    parser.add_argument("--weights", choices=KINDS, help="round matrices to 8 or 4 bits")
     parser.add_argument("--to-hf", action="store_true", help="make a folder for transformers' LlamaForCausalLM")
     parser.add_argument("--force", action="store_true", help="write into --output though it is not empty")
     add_window_flags(parser)
     args = parser.parse_args()
     with ending_well(parser):
-        changes = given(args, WINDOW_FLAGS)
-        convert(args.input, args.output, DTYPES.get(args.dtype), args.to_hf, args.force, args.over, **changes)
+        asked = given(args, ("to_hf", "force", "over", *WINDOW_FLAGS))
+        convert(args.input, args.output, dtype=DTYPES.get(args.dtype), kind=args.weights, **asked)
         tell(f"wrote {args.output}")
 
 

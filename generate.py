@@ -74,7 +74,7 @@ def run(args: argparse.Namespace):
     if args.load_memory and not given_text:
         raise ValueError("--load-memory goes on from a text that was read: the prompt must not be empty")
     config = given(args, (*MEMORY_FLAGS, "mem_attention_grouping"))
-    model, tokenizer = load(args.model, device, args.dtype, args.memory, **config)
+    model, tokenizer = load(args.model, device, args.dtype, args.memory, args.weights, **config)
     if args.compile:
         model.compile_layers()
     cache = load_memory(args.load_memory, model, tokenizer=tokenizer.digest) if args.load_memory else model.new_cache()

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import fields, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
@@ -38,6 +39,7 @@ from cli.loading import DTYPES, TINY, pick_device
 from cli.progress import process_peak
 from fast import MEM_DTYPES, FastConfig, FastLlama
 from fast.linear import linear
+from fast.quantised import KINDS, quantised_weights
 from longllama import LongLlama, LongLlamaConfig
 
 FIELDS = (
@@ -58,21 +60,25 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype, mem_device: str | None = None) -> FastLlama:
+def random_model(shape: str, device: torch.device, dtype: torch.dtype, **settings) -> FastLlama:
     sizes = SHAPES[shape]
     config = FastConfig(**dict(zip(FIELDS, sizes))) if sizes else FastConfig.from_json(TINY / "config.json")
-    config = replace(config, mem_device=mem_device)
+    config = replace(config, **settings)
     with torch.device("meta"):
-        model = FastLlama(config)
+        model, whole = FastLlama(config), FastLlama(replace(config, weight_dtype=None))
+
+    def random(shape: torch.Size) -> Tensor:
+        x = torch.ones(shape, device=device, dtype=dtype)
+        return x.normal_(std=config.hidden_size**-0.5) if len(shape) > 1 else x
+
+    weights = {name: (list(x.shape), dtype, partial(random, x.shape)) for name, x in whole.hf_tensors().items()}
     model = model.to(dtype).to_empty(device=device).eval()
-    model.tie_weights()
-    for p in model.parameters():
-        p.data.normal_(std=config.hidden_size**-0.5) if p.dim() > 1 else p.data.fill_(1)
+    model.take(weights if config.weight_dtype is None else quantised_weights(weights, config.weight_dtype))
     return model
 
 
 def bench_model(args: argparse.Namespace) -> FastLlama:
-    model = random_model(args.shape, args.device, args.dtype, args.mem_device)
+    model = random_model(args.shape, args.device, args.dtype, mem_device=args.mem_device, weight_dtype=args.weights)
     if args.compile:
         model.compile_layers()  # which only longllama computes with; the others take its weights
     return model
@@ -229,13 +235,13 @@ def prefill_flops(config: FastConfig, B: int, T: int, last: int) -> float:
 
 def decode_bytes(model: FastLlama, B: int, local: float, memory: int) -> float:
     """The least that one step of B tokens must read: weights (B rows of the embedding), local caches, and memory."""
-    embedding, layers = model.embed_tokens.weight, model.config.num_hidden_layers
-    weights = model_bytes(model) - (0 if model.config.tie_word_embeddings else embedding.nbytes)
-    return weights + memory + B * embedding[0].nbytes * (1 + 2 * layers * local)  # a key is as long as a row: C
+    layers, row = model.config.num_hidden_layers, model.norm.weight.nbytes  # of the embedding, and a key: C numbers
+    weights = model_bytes(model) - (0 if model.config.tie_word_embeddings else model_bytes(model.embed_tokens))
+    return weights + memory + B * row * (1 + 2 * layers * local)
 
 
-def model_bytes(model: FastLlama) -> int:
-    return sum(p.nbytes for p in model.parameters())
+def model_bytes(model: torch.nn.Module) -> int:
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 def timed(work: Callable, *args) -> tuple:
@@ -339,11 +345,14 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         metavar="NAME,...",
         help=f"some of {', '.join(COMPARED)}, or '' for none (default naive,sdpa)",
     )
+    add("--weights", choices=KINDS, help="round longllama's weights to 8 or 4 bits; without --compare")
     args = parser.parse_args()
     args.mem_dtype, args.compare = args.mem_dtype.split(","), args.compare.split(",") if args.compare else []
     for flag, items, known in ("mem-dtype", args.mem_dtype, MEM_DTYPES), ("compare", args.compare, COMPARED):
         if not set(items) <= set(known):
             parser.error(f"--{flag} must be among {', '.join(known)}, not {','.join(items)!r}")
+    if args.weights and args.compare:
+        parser.error("--weights are longllama's alone, and the others compute with its weights: add --compare ''")
     if "transformers" in args.compare and importlib.util.find_spec("transformers") is None:
         parser.error("--compare transformers needs that package: pip install transformers")
     with ending_well(parser):
@@ -385,7 +394,7 @@ def run(args: argparse.Namespace):
 
     peaks = [median(x) for x in zip(*peaks)]
     print(f"torch {torch.__version__}, {device_name(args.device)}, {args.dtype}")
-    print(f"shape {args.shape}, batch {args.batch}, medians of {args.repeats}")
+    print(f"shape {args.shape}, weights {args.weights or args.dtype}, batch {args.batch}, medians of {args.repeats}")
     print(f"matmul peak {peaks[0] / 1e9:,.0f} GFLOP/s, read bandwidth {peaks[1] / 1e9:,.1f} GB/s\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     for line in lines:

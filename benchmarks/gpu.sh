@@ -42,6 +42,10 @@ entry tests-cuda 180 python -m pytest -q -x -k $tests
 bench table-short 200 $compile --prompt-tokens $short --compare naive,sdpa,transformers
 bench table-256k 120 $compile --prompt-tokens $long --compare ""
 bench table-1M 150 $compile --prompt-tokens $longest --repeats 1 --compare ""
+for kind in int8 int4; do
+    bench $kind-short 120 $compile --weights $kind --prompt-tokens ${short%%,*} --compare ""
+    bench $kind-256k 150 $compile --weights $kind --prompt-tokens $long --compare ""
+done
 bench core 90 --prompt-tokens ${short%%,*} --compare core
 entry profile 90 python benchmarks/profile_step.py --shape "$shape" --device "$device" --prompt-tokens ${short%%,*}
 bench main-memory-short 90 --mem-device cpu --prompt-tokens ${short##*,} --compare ""

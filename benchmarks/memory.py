@@ -61,7 +61,9 @@ def memory_table(args: argparse.Namespace) -> list[list[str]]:
     variants = [exact, *(x for x in product(args.mem_dtype, args.mem_topk) if x != exact)]
     models, runs = {}, defaultdict(list)
     for mem_dtype, mem_topk in variants:
-        model, tokenizer = load(args.model, args.device, args.dtype, mem_dtype=mem_dtype, mem_topk=mem_topk)
+        model, tokenizer = load(
+            args.model, args.device, args.dtype, weights=args.weights, mem_dtype=mem_dtype, mem_topk=mem_topk
+        )
         models[mem_dtype, mem_topk] = model
     book = tokenizer.encode(args.text, bos=False)
     fillers = {"text": book, "grass": tokenizer.encode(GRASS, bos=False)}
@@ -125,7 +127,7 @@ def overflow_table(args: argparse.Namespace) -> list[list[str]]:
     rows[0][1:2], rows[0][len(SINCE) + 1 :] = ["token 1"], ["in turns"]
     for keep in (*args.keep_local, None):
         tell("no overflow" if keep is None else f"keep_local {keep}")
-        model, tokenizer = load(args.model, args.device, args.dtype, keep_local=keep)
+        model, tokenizer = load(args.model, args.device, args.dtype, weights=args.weights, keep_local=keep)
         book = torch.tensor(tokenizer.encode(args.text, bos=False), device=args.device)
         losses = losses_after_overflow(model, book, kept=keep is None)
         rows.append(["no overflow" if keep is None else str(keep)])

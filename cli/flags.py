@@ -15,6 +15,7 @@ from cli.texts import hide_key, read_text
 from fast import MEM_DTYPES
 from fast.files import check_writable
 from fast.model import LARGEST
+from fast.quantised import KINDS
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,7 +113,7 @@ def short(n: int) -> str:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, several: bool = False):
-    """--model, --device and --dtype, for `pick_device` and `load`. several: of models."""
+    """--model, --device, --dtype and --weights, for `pick_device` and `load`. several: of models."""
     add, default, nargs = parser.add_argument, [TINY] if several else TINY, "+" if several else None
     add(
         "--model",
@@ -124,6 +125,7 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False):
     )
     add("--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or a torch device")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU")
+    add("--weights", choices=KINDS, help="round weights to 8 or 4 bits as they are read (default: as they are stored)")
 
 
 def add_own_memory_flag(parser: argparse.ArgumentParser):

@@ -37,14 +37,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def load(
-    folder: Path, device: torch.device, dtype: str = "auto", memory: str | None = None, **overrides
+    folder: Path,
+    device: torch.device,
+    dtype: str = "auto",
+    memory: str | None = None,
+    weights: str | None = None,
+    **overrides,
 ) -> tuple[FastLlama, Tokenizer]:
-    """The model and the tokenizer in a folder. memory: FILE.py:CLASS. overrides: of the config; None is none. Raises OSError
-    or ValueError."""
+    """The model and the tokenizer in a folder. memory: FILE.py:CLASS. weights: "int8" or "int4". overrides: of the config;
+    None is none. Raises OSError or ValueError."""
     check_folder(folder)
     tokenizer = read_tokenizer(tokenizer_in(folder))
     dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     config = with_special_ids(FastConfig.from_json(folder / "config.json"), tokenizer, folder)
+    overrides |= {"weight_dtype": weights}
     overrides = with_window(config, {name: value for name, value in overrides.items() if value is not None})
     overrides |= {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     model = FastLlama.from_pretrained(folder, device, dtype, **overrides)

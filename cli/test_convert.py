@@ -27,7 +27,7 @@ from fast.test_model import small_model
 from longllama import LongLlama, LongLlamaConfig, rope_table
 from tokenizer import Tokenizer
 
-TESTDATA = ROOT / "testdata"
+TESTDATA, CPU = ROOT / "testdata", torch.device("cpu")
 
 
 def run_convert(*args) -> int:
@@ -799,3 +799,60 @@ def test_a_gguf_file_converts_and_goes_on_to_transformers(tmp_path, capsys, monk
             without.setitem(sys.modules, package, None)
             assert run_convert("--input", file, "--output", tmp_path / "c") == 2
         assert "pip install" in one_line(capsys) and not (tmp_path / "c").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ Rounded weights
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, size", [("int8", 0.52), ("int4", 0.36)])
+def test_rounded_folders_are_read_as_they_are_and_made_whole_again_for_transformers(kind, size, tmp_path, capsys):
+    ids, (small, back, again) = torch.randint(2048, (1, 300)), (tmp_path / name for name in ("small", "back", "again"))
+    assert run_convert("--input", TINY, "--output", small, "--weights", kind) == 0
+    nbytes = (small / "model.safetensors").stat().st_size
+    assert nbytes < size * (TINY / "model.safetensors").stat().st_size  # a fifth of the tiny model is its embedding
+    (rounded, _), (read_so, _) = load(small, CPU), load(TINY, CPU, weights=kind)
+    assert rounded.config.weight_dtype == kind and torch.equal(rounded(ids)[0], read_so(ids)[0])
+    assert run_convert("--input", small, "--output", again) == 0
+    assert (again / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+
+    assert run_convert("--input", small, "--output", back, "--to-hf", "--dtype", "float32") == 0
+    theirs = LlamaForCausalLM.from_pretrained(back)
+    assert FastConfig.from_json(back / "config.json").weight_dtype is None
+    part = ids[:, :100]  # less than a window: plain LLaMA
+    right, out = theirs(part).logits, rounded(part, last_context_length=100)[0]
+    assert (out - right).norm() < 1e-2 * right.norm()
+    assert run_convert("--input", small, "--output", back, "--to-hf", "--force") == 0
+    assert LlamaForCausalLM.from_pretrained(back).dtype == torch.bfloat16
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--weights", "int8", "--to-hf"], "--to-hf makes a folder for transformers"),
+        (["--weights", "int8", "--dtype", "float16"], "leave out --dtype"),
+        (["--weights", "int4"], "rounded to int8 already"),
+        (["--weights", "int2"], "invalid choice: 'int2'"),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused_in_one_line(flags, said, tmp_path, capsys):
+    assert run_convert("--input", TINY, "--output", tmp_path / "small", "--weights", "int8") == 0
+    capsys.readouterr()
+    assert run_convert("--input", tmp_path / "small", "--output", tmp_path / "made", *flags) == 2
+    assert said in one_line(capsys) and not (tmp_path / "made").exists()
+
+
+def test_rounded_weights_are_not_saved_from_a_model(tmp_path):
+    with pytest.raises(ValueError, match="stored by convert.py --weights"):
+        convert.save_pretrained(small_model(weight_dtype="int8"), tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_that_are_not_finite_are_told_of_where_they_are_rounded_too(tmp_path, capsys):
+    model = small_model()
+    with torch.no_grad():
+        model.layers[1].o_proj.weight[3, 4] = torch.inf
+    convert.save_pretrained(model, tmp_path / "whole", TINY / "tokenizer.model")
+    assert run_convert("--input", tmp_path / "whole", "--output", tmp_path / "small", "--weights", "int8") == 0
+    assert "model.layers.1.self_attn.o_proj.weight_scale has numbers that are not finite" in capsys.readouterr().err

@@ -536,6 +536,14 @@ def test_every_flag_that_changes_sampling_is_used(tiny, capsys):
     assert capsys.readouterr().out == right + "\n"
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_are_rounded_where_they_are_asked_for(kind, capsys):
+    with before_each(FastLlama, lambda model: kinds.append(model.config.weight_dtype)):
+        kinds = []
+        assert run_generate("--prompt", "The sea", "--max-new-tokens", 4, *GREEDY, "--quiet", "--weights", kind) == 0
+    assert kinds == [kind] * 4 and len(capsys.readouterr().out) > 2
+
+
 def test_without_a_compiler_compile_is_refused(tmp_path):
     nothing_cached = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = run_program("generate.py", "--prompt", "The sea", "--device", "cpu", "--compile", env=nothing_cached)

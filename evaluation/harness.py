@@ -85,7 +85,9 @@ def run(args: argparse.Namespace):
     if args.output:
         check_new_file("--output", args.output)
     manager, tasks = find_tasks(args.tasks, args.include_path)
-    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, args.memory, **given(args, MEMORY_FLAGS))
+    model, tokenizer = load(
+        args.model, pick_device(args.device), args.dtype, args.memory, args.weights, **given(args, MEMORY_FLAGS)
+    )
     results = simple_evaluate(
         LongLlamaLM(model, tokenizer, args.batch, args.last_context_length),
         model_args=given(args, SETTINGS),

@@ -87,7 +87,9 @@ def write_samples(args: argparse.Namespace):
         raise ValueError(f"--samples {args.samples} would all be alike at --temperature 0: give another, such as 0.8")
     check_new_file("--output", args.output)
     problems = dict(islice(read_problems().items(), args.limit))
-    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, args.memory, **given(args, MEMORY_FLAGS))
+    model, tokenizer = load(
+        args.model, pick_device(args.device), args.dtype, args.memory, args.weights, **given(args, MEMORY_FLAGS)
+    )
     for text in surprises(model, tokenizer, problems, args.max_new_tokens):
         warn(text)
     started, total, told = time.perf_counter(), len(problems) * args.samples, 0

@@ -258,7 +258,8 @@ def main():
         tell(describe(args.task, task, questions))
         try:
             for name, path in by_name(args.model).items():
-                exam = Exam(*load(path, pick_device(args.device), args.dtype), task, questions, args.batch_size)
+                loaded = load(path, pick_device(args.device), args.dtype, weights=args.weights)
+                exam = Exam(*loaded, task, questions, args.batch_size)
                 if task.labels:
                     tell(f"{name}: {alike(exam.asked[0].labels)}")
                 for length in dict.fromkeys(args.lengths):

@@ -356,7 +356,9 @@ def run(args: argparse.Namespace) -> bool:
     if args.format == "question" and not (document or args.load_memory):
         raise ValueError("--format question asks about a document: give it by --read FILE or --load-memory FILE")
     terminal = sys.stdin.isatty()
-    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, args.memory, **memory_settings(args))
+    model, tokenizer = load(
+        args.model, pick_device(args.device), args.dtype, args.memory, args.weights, **memory_settings(args)
+    )
     sampling = given(args, ("max_new_tokens", *SAMPLING_FLAGS))
     template = ChatTemplate(args.model, tokenizer) if args.format == "template" else None
     style = FORMATS["plain" if template else args.format]

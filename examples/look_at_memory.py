@@ -134,7 +134,7 @@ def watch(model: FastLlama, ids: list[int], max_new_tokens: int, **sampling) -> 
     kind = model.new_memory or FastMemory
     require(issubclass(kind, Memory), f"{kind.__name__} shows no keys: make it a subclass of fast.FastMemory")
     cache = model.new_cache(recording(kind), RecordingContext)
-    prompt = torch.tensor([ids], device=model.embed_tokens.weight.device)
+    prompt = torch.tensor([ids], device=model.norm.weight.device)
     for new in model.generate(prompt, max_new_tokens, cache=cache, **sampling):
         yield new.item(), {i: recall(cache.layers[i]) for i in model.config.mem_layers}
 
@@ -705,7 +705,7 @@ def run(args: argparse.Namespace):
     if args.html:
         check_new_file("--html", args.html)
     device, prompt = pick_device(args.device), read_prompt(args)
-    model, tokenizer = load(args.model, device, args.dtype, args.memory, **given(args, MEMORY_FLAGS))
+    model, tokenizer = load(args.model, device, args.dtype, args.memory, args.weights, **given(args, MEMORY_FLAGS))
     ids = encode_prompt(tokenizer, prompt)
     T = len(ids)
     check(args, T, model.config)

@@ -142,7 +142,7 @@ RULES = (
 
 def row(args: argparse.Namespace, rule: type[FastMemory]) -> list[str]:
     """Of the table, for one rule."""
-    model, tokenizer = load(args.model, pick_device(args.device), args.dtype)
+    model, tokenizer = load(args.model, pick_device(args.device), args.dtype, weights=args.weights)
     require(bool(model.config.mem_layers), f"{args.model} has no mem_layers, so there is nothing to forget")
     model.use_memory(rule)
     filler = tokenizer.encode(read_text(TINY / "book.txt"), bos=False)

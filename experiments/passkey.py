@@ -87,7 +87,7 @@ def measure(
     """`trials` trials of one length for each filler: ids, or None, the original's. remembers: False is without memory."""
     rng, results = torch.Generator().manual_seed(seed), []
     room = model.config.max_position_embeddings - STEPS + 1  # the last token said is not read
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     for filler, text in fillers.items():
         original = text is None
         at_once = 1 if original else max(1, TOKENS_AT_ONCE // length)  # the original's differ in length
@@ -191,7 +191,7 @@ def main():
         trials = []
         try:
             for name, path in by_name(args.model).items():
-                model, tokenizer = load(path, pick_device(args.device), args.dtype, args.memory)
+                model, tokenizer = load(path, pick_device(args.device), args.dtype, args.memory, args.weights)
                 ids = {filler: tokenizer.encode(x, bos=False) for filler, x in (("text", text), ("grass", GRASS))}
                 fillers = ids if args.filler == "both" else {args.filler: ids.get(args.filler)}
                 for length in dict.fromkeys(args.lengths):

@@ -58,7 +58,7 @@ def last_losses(model: FastLlama, ids: Tensor, cache: Cache | None = None) -> tu
 def window_losses(model: FastLlama, documents: list[Tensor], memory: int, most: int, stride: int) -> list[Tensor]:
     """Of each document that is long enough the losses (n, window), in float64, of every stride-th window after the first `most`,
     with `memory` windows remembered."""
-    window, device = model.config.max_position_embeddings, model.embed_tokens.weight.device
+    window, device = model.config.max_position_embeddings, model.norm.weight.device
     pieces = [
         [  # of a document; one token more: the target of the last
             document[(w - memory) * window : (w + 1) * window + 1]
@@ -121,7 +121,7 @@ def by_position(model: FastLlama, beginnings: Tensor, remembers: bool) -> list[f
     window = model.config.max_position_embeddings
     n = beginnings.shape[1] // window
     sums = torch.zeros(n, dtype=torch.float64)
-    for batch in beginnings.to(model.embed_tokens.weight.device).split(BATCH):
+    for batch in beginnings.to(model.norm.weight.device).split(BATCH):
         cache = None
         for i in range(n):
             piece = batch[:, i * window : (i + 1) * window + 1]
@@ -178,7 +178,7 @@ def main():
         n = max(most, 1)  # windows of the picture
         rows = [["model", *map(windows, args.windows), "tokens"], ["---"] * (len(args.windows) + 2)]
         for name, folder in by_name(args.model).items():
-            model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory)
+            model, tokenizer = load(folder, pick_device(args.device), args.dtype, args.memory, args.weights)
             documents = [torch.from_numpy(encode(tokenizer, path)).long() for path in files]
             losses[name], cells = {}, []
             try:

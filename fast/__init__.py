@@ -4,6 +4,7 @@
 | --- | --- |
 | model.py | `FastLlama`, which has all of it, and `FastConfig`, which checks every value |
 | linear.py | products with weights, by the fastest of torch's ways on this processor |
+| quantised.py | weights in 8 and 4 bits |
 | attention.py | the fastest kernel for a set of keys, with padding and grouped queries; search of the K best |
 | storage.py | keys and values padded for kernels, cast in pieces, as float8, streamed from main memory |
 | memory.py | a memory that grows in place |

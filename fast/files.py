@@ -20,7 +20,9 @@ from torch import Tensor
 from longllama import require
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3", torch.bool: "BOOL"}
+ROUNDED = {"weight_int8": ("I8", torch.int8), "weight_int4": ("U8", torch.uint8)}  # by the ends of their names
+NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {dtype: name for name, dtype in ROUNDED.values()}
+NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.bool: "BOOL"}
 
 Weights = dict[str, tuple[list[int], torch.dtype, Callable[[], Tensor]]]  # name -> shape, dtype, and how to read it
 
@@ -110,10 +112,11 @@ def safetensors_weights(path: Path) -> Weights:
     try:
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
-                part = file.get_slice(name)
-                known = part.get_dtype() in WEIGHT_DTYPES  # and not whole numbers, say, that would need a scale
-                require(known, f"{path}: {name} is {part.get_dtype()}, which is not one of {', '.join(WEIGHT_DTYPES)}")
-                found[name] = part.get_shape(), WEIGHT_DTYPES[part.get_dtype()], partial(read_tensor, path, name)
+                part, rounded = file.get_slice(name), ROUNDED.get(name.rpartition(".")[2])
+                dtypes = dict([rounded]) if rounded else WEIGHT_DTYPES  # not whole numbers without a scale, say
+                known, told = part.get_dtype() in dtypes, ", ".join(dtypes)
+                require(known, f"{path}: {name} is {part.get_dtype()}, which is not one of {told}")
+                found[name] = part.get_shape(), dtypes[part.get_dtype()], partial(read_tensor, path, name)
     except SafetensorError as error:
         raise ValueError(f"{path} is {instead(path, f'broken or cut short ({error}): get it again')}") from None
     return found

@@ -19,6 +19,7 @@ from fast.files import Weights, check_fits, find_weights, read_json
 from fast.folder import check_folder
 from fast.linear import LIMITS, Limits, use_fast_linear
 from fast.memory import FastMemory
+from fast.quantised import GROUP, KINDS, Int4Linear, quantised_weights, use_quantised
 from fast.sampling import RepetitionPenalty
 from fast.steps import Steps, captured, compile_blocks, compile_step, compiled, join
 from longllama import Cache, LongLlama, LongLlamaConfig, merge, require
@@ -41,6 +42,7 @@ class FastConfig(LongLlamaConfig):
 
     mem_topk: int | None = None  # a query attends to this many remembered tokens, those with the best keys; None: all
     mem_device: str | None = None  # "cpu": memory is kept in main memory, and copied to a GPU in pieces, as it is used
+    weight_dtype: str | None = None  # "int8" or "int4": matrices are rounded to that; None: they are as the model is
 
     MEM_DTYPES = MEM_DTYPES
 
@@ -65,6 +67,14 @@ class FastConfig(LongLlamaConfig):
         if self.rope_scaling is not None:
             vars(self).update(rope_scaling=self.checked_rope(self.rope_scaling))
         super().__post_init__()
+        self.check_weight_dtype()
+
+    def check_weight_dtype(self):
+        kind, attended = self.weight_dtype, self.num_attention_heads * self.head_dim
+        sizes = self.hidden_size, attended, self.intermediate_size  # of rows
+        require(kind in (None, *KINDS), f"weight_dtype must be null, {' or '.join(KINDS)}, not {kind!r}")
+        fits = kind != "int4" or all(n % GROUP == 0 for n in sizes)
+        require(fits, f"int4 rounds {GROUP} weights together, and rows have {', '.join(map(str, sizes))}: take int8")
 
     def check(self, name: str, kind, value, default):
         limits = dict.fromkeys(("bos_token_id", "pad_token_id"), "vocab_size")
@@ -129,10 +139,19 @@ class FastLlama(LongLlama):
 
     def __init__(self, config: LongLlamaConfig):
         super().__init__(config if isinstance(config, FastConfig) else FastConfig(**asdict(config)))
-        use_fast_linear(self, self.limits)
+        if self.config.weight_dtype is None:
+            use_fast_linear(self, self.limits)
+        else:
+            use_quantised(self, self.config.weight_dtype)
+            self.tie_weights()
         self.compiled_logits: Callable | None = None
         self.steps: Steps | None = None
         self.merge_step, self.new_memory = merge, None
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            for name, parameter in self.embed_tokens.named_parameters():  # rounded ones have their scales, too
+                setattr(self.lm_head, name, parameter)
 
     def new_cache(self, new_memory: Callable | None = None, new_context: Callable | None = None, **settings) -> Cache:
         """new_memory, new_context: see `Cache`; None: the model's, that is the fast ones, if `use_memory` named no other.
@@ -236,21 +255,26 @@ class FastLlama(LongLlama):
         folder = Path(folder)
         check_folder(folder)
         config = cls.config_class.from_json(folder / "config.json", **config_overrides)
-        weights = find_weights(folder)
-        config = untied(config, weights)
-        check_weights(config, weights, folder)
+        config = untied(config, find_weights(folder))
+        model_weights(config, folder)
         tied = {"tie_word_embeddings": config.tie_word_embeddings}
         return super().from_pretrained(folder, device, dtype, **config_overrides | tied)
 
-    @torch.no_grad()
     def load(self, folder: Path):
+        self.take(model_weights(self.config, folder))
+
+    @torch.no_grad()
+    def take(self, weights: Weights):
+        """Reads all weights, by the names in `hf_tensors`."""
         self.tie_weights()
-        weights = check_weights(self.config, find_weights(folder), folder)
-        for name, tensor in self.hf_tensors().items():
-            _, _, read = weights[name]
+        tensors = self.hf_tensors()
+        for name, (_, _, read) in weights.items():
             stored = read()
-            check_fits(name, stored, tensor.dtype)
-            tensor.copy_(stored)
+            check_fits(name, stored, tensors[name].dtype)
+            tensors[name].copy_(stored)
+        for module in self.modules():
+            if isinstance(module, Int4Linear):
+                module.pack()
 
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -266,6 +290,15 @@ def untied(config: LongLlamaConfig, found: Weights) -> LongLlamaConfig:
     return config
 
 
+def model_weights(config: LongLlamaConfig, folder: Path) -> Weights:
+    """The weights in a model's folder, as config.weight_dtype has them; none is read. Raises ValueError."""
+    stored = FastConfig.from_json(folder / "config.json").weight_dtype
+    rounded = f"{folder} has weights rounded to {stored} already"
+    require(stored in (None, config.weight_dtype), f"{rounded}: give no --weights, or convert the model in 16 bits")
+    weights = check_weights(replace(config, weight_dtype=stored), find_weights(folder), folder)
+    return weights if stored == config.weight_dtype else quantised_weights(weights, config.weight_dtype)
+
+
 def check_weights(config: LongLlamaConfig, found: Weights, where: Path) -> Weights:
     """A model's weights by their names; a tied matrix may have either name, or both. Raises ValueError where the tensors found
     are not those of the model."""
@@ -276,7 +309,7 @@ def check_weights(config: LongLlamaConfig, found: Weights, where: Path) -> Weigh
         layers <= len(found), f"{where}: config.json has {layers} layers, and there are {len(found)} tensors in all"
     )
     with torch.device("meta"):
-        right = {name: list(tensor.shape) for name, tensor in LongLlama(config).hf_tensors().items()}
+        right = {name: list(tensor.shape) for name, tensor in FastLlama(config).hf_tensors().items()}
     wrong = sorted(name for name in shapes.keys() | right if shapes.get(name) != right.get(name))
     listed = [f"{name} is {shapes.get(name, 'missing')}, not {right.get(name, 'expected')}" for name in wrong[:3]]
     require(not wrong, f"{where}: weights and config.json differ in {len(wrong)} tensors: {'; '.join(listed)}")

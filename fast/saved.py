@@ -30,7 +30,8 @@ VERSION = 2  # of what files say of themselves; the first one's hash was of some
 # What may change between a saved memory and the model that goes on from it: how it is used, and what begins and ends texts.
 FREE_SETTINGS = (
     "last_context_length", "mem_attention_grouping", "mem_topk", "mem_device", "keep_local",
-    "bos_token_id", "eos_token_id", "pad_token_id", "head_dim",  # which the weights' hash tells
+    "bos_token_id", "eos_token_id", "pad_token_id",
+    "head_dim", "weight_dtype",  # which the hash of weights tells
 )  # fmt: skip
 LENGTHS = ("batch_size", "local_length", "memory_length")  # of a Cache
 AT_ONCE = 1 << 24  # numbers of a weight that are copied from a GPU at once

@@ -548,6 +548,14 @@ def test_weights_to_start_from_must_be_finite(value, whole, recipe, folder, tmp_
     assert not run.exists()
 
 
+def test_rounded_weights_are_not_trained(whole, recipe, folder, tmp_path, capsys, monkeypatch):
+    shutil.copytree(whole, tmp_path / "init")
+    config = json.loads((whole / "config.json").read_text())
+    (tmp_path / "init" / "config.json").write_text(json.dumps(config | {"weight_dtype": "int8"}))
+    flags, named = ["--init", str(tmp_path / "init")], "weights of 8 or 4 bits are not trained"
+    test_mistakes_get_one_line_and_status_2(flags, named, recipe, folder, tmp_path / "run", capsys, monkeypatch)
+
+
 def long(recipe, path: Path) -> Path:
     """A recipe that nobody waits for."""
     raw = json.loads(recipe.read_text())

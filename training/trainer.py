@@ -219,6 +219,8 @@ class Trainer:
     def start(self, config: FastConfig, fresh: bool) -> FastLlama:
         """The model that training starts from; a run that is resumed brings its own weights, but for frozen ones."""
         torch.manual_seed(self.recipe.seed)
+        whole = config.weight_dtype is None
+        require(whole, "weights of 8 or 4 bits are not trained: name a model in 16 bits with --init")
         if not self.args.init or not (fresh or self.freezes):
             return FastLlama(config)
         dtype = self.dtype if self.freezes else torch.float32
