@@ -99,10 +99,10 @@ def test_rows_are_rounded_each_by_itself(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, MANY])
+@pytest.mark.parametrize("rows", [1, FEW + 1, MANY])
 @pytest.mark.parametrize("kind, shape", [("int8", (48, 96)), ("int8", (37, 80)), ("int8", (5, 36)), ("int4", (48, 96)),
-                                         ("int4", (37, 64)), ("int4", (160, 32)), ("int4", (320, 4096)),
-                                         ("int8", (300, 4096))])  # fmt: skip
+                                         ("int4", (37, 64)), ("int4", (160, 32)), ("int4", (1088, 1024)),
+                                         ("int8", (1030, 1024))])  # fmt: skip
 def test_products_are_near_float64s_with_the_rounded_matrix(kind, shape, rows, device, dtype):
     torch.manual_seed(1)
     other = nn.Linear(*reversed(shape), bias=False).to(device)
