@@ -45,7 +45,7 @@ from cli.texts import read_prompt
 from fast import FastConfig, FastContext, FastLlama, FastMemory
 from fast.attention import fold, score
 from fast.files import replacing
-from longllama import Memory, require
+from longllama import Cache, Memory, require
 from tokenizer import StreamDecoder, Tokenizer
 
 HEAVY = 64  # this many of the heaviest tokens are grouped into passages
@@ -129,11 +129,19 @@ def key_scores(q: Tensor, k: Tensor) -> Tensor:
     return score(fold(q, k), k, None, q.shape[3] ** -0.5).flatten(0, 2)
 
 
-def watch(model: FastLlama, ids: list[int], max_new_tokens: int, **sampling) -> Iterator[tuple[int, dict[int, Recall]]]:
-    """Generates, and yields each token with what the memory layers attended to when it was chosen: layer -> Recall."""
+def watched_cache(model: FastLlama) -> Cache:
+    """A cache for `watch`, which can read a text first, and be forked."""
     kind = model.new_memory or FastMemory
     require(issubclass(kind, Memory), f"{kind.__name__} shows no keys: make it a subclass of fast.FastMemory")
-    cache = model.new_cache(recording(kind), RecordingContext)
+    return model.new_cache(recording(kind), RecordingContext)
+
+
+def watch(
+    model: FastLlama, ids: list[int], max_new_tokens: int, cache: Cache | None = None, **sampling
+) -> Iterator[tuple[int, dict[int, Recall]]]:
+    """Generates, and yields each token with what the memory layers attended to when it was chosen: layer -> Recall. The ids are
+    read after what the cache, a `watched_cache`, holds."""
+    cache = watched_cache(model) if cache is None else cache
     prompt = torch.tensor([ids], device=model.norm.weight.device)
     for new in model.generate(prompt, max_new_tokens, cache=cache, **sampling):
         yield new.item(), {i: recall(cache.layers[i]) for i in model.config.mem_layers}
