@@ -205,6 +205,13 @@ def texts_of_tokenizer(tokenizer: Path, config: LongLlamaConfig) -> dict[str, st
     return {name: text for name, text in texts.items() if name != GENERATION}
 
 
+def write_beside(folder: Path, texts: dict[str, str], tokenizer: Path):
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if tokenizer.is_file():
+        copy_tokenizer(tokenizer, folder)
+
+
 def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None = None, source: Path | None = None):
     """Writes config.json and model.safetensors, in the parameters' dtype, and a copy of that tokenizer, in the place of the
     model that is there, if any; None: its tokenizer stays. source: a folder whose small files go with the model, too. Raises
@@ -217,10 +224,7 @@ def save_pretrained(model: LongLlama, folder: str | Path, tokenizer: Path | None
     with replacing_model(folder) as made:
         write_safetensors(made / "model.safetensors", as_weights(model.hf_tensors()), {"format": "pt"})
         write_config(made / "config.json", model.config, model.norm.weight.dtype)
-        for name, text in texts.items():
-            (made / name).write_text(text, encoding="utf-8")
-        if tokenizer.is_file():
-            copy_tokenizer(tokenizer, made)
+        write_beside(made, texts, tokenizer)
 
 
 def watched(name: str, read: Callable[[], Tensor]) -> Tensor:
@@ -244,6 +248,8 @@ def as_asked(
 ) -> tuple[FastConfig, Weights]:
     """The config and weights, rounded, or matrices of that dtype again. Raises ValueError."""
     stored = config.weight_dtype
+    plain = config.mem_positionals or not config.mem_layers
+    require(plain or not to_hf, "mem_positionals false is no LLaMA: transformers would rotate the memory layers, too")
     if kind:
         require(
             not to_hf, "--to-hf makes a folder for transformers, which does not read --weights: leave one of them out"
@@ -308,12 +314,9 @@ def convert(
         with replacing_model(target) as made:
             write_safetensors(made / "model.safetensors", weights, {"format": "pt"}, dtype)
             write_config(made / "config.json", config, saved, to_hf)
-            for name, text in texts.items():
-                (made / name).write_text(text, encoding="utf-8")
-            if tokenizer_in(source).exists():
-                copy_tokenizer(tokenizer_in(source), made)
-            else:
-                warn(f"{path} has no tokenizer.model and no tokenizer.json; generate.py will need one")
+            write_beside(made, texts, tokenizer_in(source))
+        if not tokenizer_in(source).exists():
+            warn(f"{path} has no tokenizer.model and no tokenizer.json; generate.py will need one")
 
 
 def main():

@@ -41,7 +41,7 @@ def require(condition: bool, message: str):
 
 @dataclass(frozen=True)
 class LongLlamaConfig:
-    """Under Hugging Face's names; frozen, so completed through vars."""
+    """Hugging Face's names. Frozen, so fields are completed through vars. Raises ValueError for what is not computed."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -83,26 +83,26 @@ class LongLlamaConfig:
 
     @classmethod
     def from_json(cls, path: str | Path, **overrides):
-        """Of transformers 4 or 5; ValueError for what is not supported."""
+        """Of a config.json that transformers 4 or 5 wrote; overrides: fields to change. Raises ValueError."""
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         scaling = {"rope_type": kind} | {name: x for name, x in rope.items() if name not in ("type", "rope_theta")}
-        raw |= rope | {"rope_type": kind, "rope_scaling": None if kind == "default" else scaling}
+        raw |= rope | {"rope_type": kind, "rope_scaling": None if kind == "default" else scaling}  # and rope_theta
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
-        slides = raw.get("sliding_window", 4096) if raw.get("model_type") == "mistral" else None
+        slides = raw.get("sliding_window", 4096) if raw.get("model_type") == "mistral" else None  # its default
         fits = slides is None or slides >= config.max_position_embeddings
-        require(fits, f"sliding_window {slides} is below max_position_embeddings")
+        require(fits, f"sliding_window {slides} is below max_position_embeddings: set that to {slides}")
         allowed = {"model_type": ("llama", "longllama", "mistral"), "rope_type": ("default", "linear", "llama3")}
         allowed |= {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1,)}
-        allowed |= {"mem_topk": (), "mem_device": ()}
+        allowed |= {"mem_topk": (None,), "mem_device": (None,)}
         for name in allowed.keys() - cls.__dataclass_fields__:  # subclasses have more
             require(raw.get(name) in (None, *allowed[name]), f"{name} {raw.get(name)!r} is not supported, only {allowed[name]}")
         return replace(config, **overrides)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight (Zhang and Sennrich 2019): normalised in float32, cast back, then scaled."""
+    """x / rms(x) * weight (Zhang and Sennrich 2019): F.rms_norm computes in float32 and casts back, then x is scaled."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, eps=self.eps) * self.weight
@@ -111,7 +111,7 @@ class RMSNorm(nn.RMSNorm):
 def rope_table(start: int | Tensor, T: int, config: LongLlamaConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (T, D/2), float32, at positions from start on (Su et al. 2021)."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # (D/2,)
-    if rope := config.rope_scaling:  # slower, but what turns often in Llama 3's first window
+    if rope := config.rope_scaling:  # slower by factor; llama3 keeps pairs that turn often in its first window
         kept = 0
         if rope["rope_type"] == "llama3":
             turns = frequency * rope["original_max_position_embeddings"] / (2 * torch.pi)
@@ -126,7 +126,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turns each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its angle: Hugging Face's layout."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype).contiguous()  # in float32, as cos and sin are
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # in float32, as cos and sin are
+    return turned.to(x.dtype).contiguous()  # cat may transpose heads of 2, which the CPU's kernel misreads
 
 
 Attended = tuple[Tensor, Tensor]  # attention's output (B, H, T, D), and its scores' log-sum-exp (B, H, T)
@@ -142,9 +143,9 @@ def merge(a: Attended, b: Attended) -> Attended:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: bool = False, rows: int = 128) -> Attended:
     """Attention of q (B, H, T, D) to keys k, values v (B, G, S, D) with real (B, 1 or G, S, 1). causal: T = S, and query t sees
-    keys 0 to t. rows: queries for each key head that the formula takes at once."""
+    keys 0 to t. rows: queries for each key head that are scored at once where no fused kernel gives a log-sum-exp."""
     (B, H, T, D), G = q.shape, k.shape[1]
-    if G != H and causal:  # joined as below, several heads would be one triangle
+    if G != H and causal:  # joined as below, the triangle would run on from head to head
         k, v, G = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1), H
     q = q.reshape(B, G, -1, D)  # (B, G, R, D): queries that share a key head, joined
     # Padding gets half the least number: no sum overflows, and who sees nothing else gets no NaN.
@@ -158,11 +159,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, causal: 
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[:2]
     else:
         parts = []
-        for i, part in enumerate(q.split(rows, dim=2)):  # the formula, in float32
+        for i, part in enumerate(q.split(rows, dim=2)):  # softmax(q k^T / sqrt(D)) v, in float32
             scores = (part @ k.mT).float() * D**-0.5 + bias  # (B, G, rows, S)
             if causal:
                 future = torch.ones_like(scores, dtype=torch.bool).triu(i * rows + 1)
-                scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+                scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)  # below padding
             parts.append((scores.softmax(dim=-1).to(v.dtype) @ v, scores.logsumexp(dim=-1)))
         out, lse = (torch.cat(x, dim=2) for x in zip(*parts))
     return out.reshape(B, H, T, D), lse.reshape(B, H, T)
@@ -176,8 +177,8 @@ class Memory:
 
         after 6 windows  [. . . .] [. .]      after 7  [. . . .] [. .] [.]      after 8  [. . . . . . . .]
 
-    To keep only some tokens, override `choose`. Another make of memory needs `append`, `attend`, `fork`, `length` (tokens
-    appended, kept or not) and `nbytes`."""
+    To keep only some tokens, override `choose`. Another make of memory needs `append`, `attend`, `fork`, `expand`,
+    `length` (tokens appended, kept or not) and `nbytes`."""
 
     BLOCK = 8192  # tokens
 
@@ -186,7 +187,7 @@ class Memory:
         heads, queries = config.mem_attention_grouping or (H, 128)
         self.rows = max(heads * queries // H, 1)  # of scores at once
         self.blocks = []  # of keys, values, and which tokens they are, (B, G, tokens, 1)
-        self.length = self.asked = 0  # tokens appended; and those `choose` was asked about
+        self.length = 0  # tokens appended
 
     def append(self, k: Tensor, v: Tensor):
         """Remembers n tokens: unrotated keys and values (B, G, n, D)."""
@@ -200,8 +201,7 @@ class Memory:
             self.blocks = [*blocks, new]
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
-        """Attention of q (B, H, T, D) to what is remembered. real: of all tokens appended, and later ones."""
-        self.forget(real)
+        """Attention of q (B, H, T, D) to what is remembered. real (B, 1, S, 1): of all tokens appended, and later ones."""
         sets = ((k.to(q.dtype), v.to(q.dtype), part) for k, v, part in self.sets(real))
         return reduce(merge, (attend(q, *keys, rows=self.rows) for keys in sets))
 
@@ -211,13 +211,13 @@ class Memory:
             yield k, v, None if real is None else real.expand(-1, k.shape[1], -1, -1).take_along_dim(which, dim=2)
 
     def choose(self, k: Tensor, real: Tensor | None) -> Tensor | None:
-        """Override: indices (B, G, n) in k of the tokens to keep, or None: all. Asked after each append. k (B, G, S, D): all keys
-        remembered, in float32, the oldest first; real (B, G, S, 1)."""
+        """Override: indices (B, G, n) in k of the tokens to keep, or None: all. `forget` asks, after each append. k (B, G, S, D):
+        all keys remembered, in float32, the oldest first; real (B, G, S, 1)."""
 
     def forget(self, real: Tensor | None):
         """Keeps what `choose` says."""
-        if type(self).choose is not Memory.choose and self.asked < self.length:
-            self.asked, self.blocks = self.length, [tuple(torch.cat(x, dim=2) for x in zip(*self.blocks))]
+        if type(self).choose is not Memory.choose:
+            self.blocks = [tuple(torch.cat(x, dim=2) for x in zip(*self.blocks))]
             k, _, part = next(self.sets(real))
             chosen = self.choose(k.float(), part)
             if chosen is not None:
@@ -238,7 +238,7 @@ class Memory:
 
 
 class LocalCache:
-    """The local context of a layer, and its memory or None. tensors: keys, values, for memory unrotated keys, (B, G, S, D)."""
+    """The local context of a layer, and its memory or None. tensors (B, G, S, D): keys, values, for memory unrotated keys."""
 
     attend = staticmethod(attend)  # a subclass may know a faster one
 
@@ -270,7 +270,7 @@ class LocalCache:
 
     def restart(self, keep: int):
         """All but the newest `keep` tokens move into memory, or are lost; these stay, from position 0 on."""
-        if not self.tensors:  # above the memory layers, after only_remember
+        if not self.tensors:  # reading stopped at the last memory layer, below
             return
         moved = self.length - keep
         old, kept = zip(*(x.split((moved, keep), dim=2) for x in self.tensors))
@@ -342,14 +342,16 @@ def split_into_windows(T: int, last: int, cache: Cache, config: LongLlamaConfig)
     memory; then tokens start to stop - 1 join. All but the last `last` tokens are cut into windows.
 
     On a fresh cache each starts alone: T = 1000, last = 128, window 256 give (0, 256, 0) (256, 512, 0) (512, 768, 0)
-    (768, 872, 0) (872, 1000, 0). Later it joins what is local if both fit; if not, only keep_local tokens stay."""
+    (768, 872, 0) (872, 1000, 0). Later it joins what is local if both fit; if not, at most keep_local tokens stay. If last >= T
+    all T stay local, beyond the window too."""
     window, local = config.max_position_embeddings, cache.local_length
     if not config.mem_layers:
         return [(0, T, local)]
     fresh, prefix, pieces = local + cache.memory_length == 0, max(T - last, 0), []
     for start, stop in pairwise([*range(0, prefix, window), prefix, T]):
-        most = window - (stop - start)
-        keep = 0 if fresh else local if local <= most else max(min(config.keep_local, most), 0)
+        room = max(window - (stop - start), 0)
+        keep = local if local <= room else min(config.keep_local, room)  # local <= room: both fit
+        keep = 0 if fresh else keep
         pieces.append((start, stop, keep))
         local = keep + stop - start
     return pieces
@@ -365,7 +367,7 @@ def cross_batch_attention(q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, ex
     for b, (n, key, value) in enumerate(zip(extra, k, v)):
         keys = torch.cat((*ks[b - n : b], key), dim=1)  # (G, (n + 1) * T, D)
         values = torch.cat((*vs[b - n : b], value), dim=1)
-        seen = torch.ones(T, (n + 1) * T, dtype=torch.bool, device=q.device).tril(n * T)
+        seen = torch.ones(T, (n + 1) * T, dtype=torch.bool, device=q.device).tril(n * T)  # all of the n, itself causally
         outs.append(F.scaled_dot_product_attention(q[b, None], keys[None], values[None], seen, enable_gqa=gqa))
     return torch.cat(outs)
 
@@ -377,7 +379,7 @@ def cross_batch_extra(B: int, cross_batch_range: int, packing: int) -> list[int]
     negatives (the paper's d: 1 positive, d - 1 negatives). Later chunks see more, so one batch trains short and long ranges:
     (8, 6, 4) gives [0, 1, 2, 3, 0, 3, 6, 6], as (positives, negatives) (0,0) (1,0) (2,0) (3,0), before which nothing stands,
     (0,0) (1,2) (2,4) (3,3)."""
-    step = cross_batch_range // max(packing - 1, 1) + 1  # (range + 1) / (packing - 1), rounded up
+    step = cross_batch_range // max(packing - 1, 1) + 1  # so that the last chunk sees the whole range
     return [min(b % packing * step, cross_batch_range, b) for b in range(B)]
 
 
@@ -411,15 +413,15 @@ class Block(nn.Module):
 
 
 def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, min_p=None, rng=None) -> Tensor:
-    """One id for each row of logits (B, V), float32 -> (B,). temperature 0: the likeliest."""
+    """One id for each row of logits (B, V), float32 -> (B,). temperature 0: the likeliest. top_k >= 1; top_p, min_p: 0 to 1."""
     require(bool(logits.amax(dim=-1).isfinite().all()), "logits are no finite numbers")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = (logits / temperature).sort(dim=-1, descending=True)
     probs = logits[:, :top_k].softmax(dim=-1)  # the likeliest first
-    if top_p is not None:  # an id stays if those likelier sum to less than top_p
+    if top_p is not None:  # the likeliest, until they sum to top_p
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
-    if min_p is not None:  # or is at least min_p times as likely as the likeliest
+    if min_p is not None:  # of them, those at least min_p times as likely as the likeliest
         probs = probs.masked_fill(probs < min_p * probs[:, :1], 0)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=rng)).squeeze(-1)
 
@@ -459,7 +461,7 @@ class LongLlama(nn.Module):
 
         attention_mask (B, T), of the new tokens: 0 is padding, on the left. last_context_length: instead of the config's.
         logits_to_keep: n > 0 gives the last n only, (B, n, V), and computes no more. labels: gives the mean of the
-        `token_losses` that count. Raises ValueError where lengths do not fit; other errors spoil the cache."""
+        `token_losses` that count instead. Raises ValueError where lengths do not fit; other errors spoil the cache."""
         if labels is not None:
             losses, cache = self.token_losses(input_ids, labels, cache, attention_mask, last_context_length)
             return losses.sum() / (labels[:, 1:] != -100).sum().clamp(min=1), cache
@@ -478,17 +480,18 @@ class LongLlama(nn.Module):
         pieces = [checkpoint(losses, *piece, use_reentrant=False) for piece in pieces]
         return F.pad(torch.cat(pieces, dim=1), (1, 0)), cache
 
-    def hidden_states(self, input_ids: Tensor, cache=None, mask=None, last=None, wanted=0):
-        """What goes into the head: (B, T, C), or of the last `wanted` > 0 tokens only; and the cache."""
-        (B, T), window = input_ids.shape, self.config.max_position_embeddings
+    def hidden_states(self, input_ids: Tensor, cache=None, attention_mask=None, last_context_length=None, logits_to_keep=0):
+        """What goes into the head: (B, T, C), or of the last logits_to_keep > 0 tokens only; and the cache."""
+        (B, T), window, mask = input_ids.shape, self.config.max_position_embeddings, attention_mask
         cache = self.new_cache() if cache is None else cache
-        last = self.config.last_context_length if last is None else last
+        last = self.config.last_context_length if last_context_length is None else last_context_length
         mask = torch.ones_like(input_ids) if mask is None and cache.real is not None else mask
+        require(mask is None or mask.shape == (B, T), f"attention_mask must be {(B, T)}, of the new tokens alone")
         require(min(T, last) > 0, f"input_ids and last_context_length must be at least 1: {T}, {last}")
         fits = self.config.mem_layers or cache.local_length + T <= window
         require(fits, f"{cache.local_length + T} tokens exceed the window of {window}, without mem_layers")
         require(cache.batch_size in (None, B), f"input_ids has {B} rows, and the cache has {cache.batch_size}")
-        cache.batch_size, first, hidden = B, T - (wanted or T), []
+        cache.batch_size, first, hidden = B, T - (logits_to_keep or T), []
         pieces = split_into_windows(T, last, cache, self.config)
         for i, (start, stop, keep) in enumerate(pieces):
             cache.restart(keep)
@@ -547,7 +550,7 @@ class LongLlama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device="cpu", dtype=torch.float32, **overrides):
-        """From a folder of config.json and model.safetensors."""
+        """From a folder of config.json and model.safetensors. `FastLlama` checks them first."""
         with torch.device("meta"):
             model = cls(cls.config_class.from_json(Path(folder) / "config.json", **overrides))
         model.to(dtype).to_empty(device=device).eval().load(Path(folder))
@@ -556,9 +559,9 @@ class LongLlama(nn.Module):
     def load(self, folder: Path):
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             if "lm_head.weight" not in [*file.keys()]:
-                self.tie_weights()  # to_empty undid it; two stay two
+                self.tie_weights()  # to_empty made two of one; a file with two keeps them
             for name, tensor in self.hf_tensors().items():
-                tensor.copy_(file.get_tensor(name))
+                tensor.copy_(file.get_tensor(name).view_as(tensor))
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """Views of the weights, by Hugging Face's names: q, k, v are one matrix here, and gate, up."""

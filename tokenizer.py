@@ -39,7 +39,11 @@ class Tokenizer:
         kind = JsonTokenizer if Path(path).suffix == ".json" else SentencePieceTokenizer
         return super().__new__(kind if cls is Tokenizer else cls)
 
+    def __reduce__(self):  # a copy reads the file again
+        return type(self), (self.path,)
+
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """bos, eos: with bos_id in front, if there is one; with eos_id behind."""
         start = [] if self.bos_id is None else [self.bos_id]
         return start * bos + self.encode_text(text) + [self.eos_id] * eos
 
@@ -85,7 +89,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self.sp.encode(text)
 
     def encode_special(self, text: str, guard: str) -> list[int]:
-        """Of a text in which names of special tokens are these tokens, but where `guard`, which is no text, stands in one."""
+        """Of a text in which the name of a special token is that token. `guard`, a character that stands nowhere else, breaks up
+        a name that is to stay text, and is left out."""
         names = "|".join(re.escape(name) for name in sorted(self.special, key=len, reverse=True))
         parts = re.split(f"({names})", text)  # text, name, text, ..., text
         ids = [[self.special[x]] if n % 2 else self.sp.encode(x.replace(guard, "")) for n, x in enumerate(parts)]
@@ -143,11 +148,12 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self.fast.get_vocab().values())
         start = self.fast.encode("a")
         self.bos_id = start.ids[0] if start.special_tokens_mask[:1] == [1] else None
-        self.pad_id, self.eos_id = (self.special.get(self.named.get(key)) for key in ("pad_token", "eos_token"))
-        for name in ("generation_config.json", "config.json") if self.eos_id is None else ():
+        self.pad_id = self.special.get(self.named.get("pad_token"))
+        ends = [self.special.get(self.named.get("eos_token"))]
+        for name in ("generation_config.json", "config.json"):
             said = beside(self.path, name).get("eos_token_id")
-            said = [i for i in (said if isinstance(said, list) else [said]) if i in self.special.values()]
-            self.eos_id = said[0] if self.eos_id is None and said else self.eos_id
+            ends += said if isinstance(said, list) else [said]
+        self.eos_id = next((i for i in ends if i in self.special.values()), None)
         if self.eos_id is None:
             raise ValueError(
                 f"{self.path}: no file beside it says what ends a text: get its tokenizer_config.json, too"
@@ -169,10 +175,11 @@ class JsonTokenizer(Tokenizer):
             self.fast.normalizer, self.fast.encode_special_tokens = kept, True
 
     def is_text(self, i: int) -> bool:
-        return 0 <= i < self.vocab_size and self.piece(i) not in self.special and bool(self.piece(i))
+        piece = self.piece(i)
+        return bool(piece) and piece not in self.special
 
     def piece(self, i: int) -> str:
-        return self.fast.id_to_token(i) or ""
+        return self.fast.id_to_token(i) or "" if 0 <= i < self.vocab_size else ""
 
     def begins_word(self, i: int) -> bool:
         return self.bytes_of(i).startswith(b" ")

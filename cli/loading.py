@@ -19,6 +19,7 @@ from fast.folder import check_folder
 from longllama import Cache, require, split_into_windows
 from tokenizer import Tokenizer
 
+MEMORY = ("append", "attend", "fork", "expand")  # what every memory has
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -150,8 +151,8 @@ def own_memory(name: str) -> Callable:
     except (Exception, SystemExit) as error:
         raise ValueError(f"--memory {file} does not run: {type(error).__name__}: {first_line(error)}") from None
     found = getattr(module, kind, None)
-    if not inspect.isclass(found) or not all(hasattr(found, part) for part in ("append", "attend", "fork")):
-        raise ValueError(f"--memory {name}: {file} has no class {kind} with append, attend and fork")
+    if not inspect.isclass(found) or not all(hasattr(found, part) for part in MEMORY):
+        raise ValueError(f"--memory {name}: {file} has no class {kind} with {', '.join(MEMORY)}")
     return found
 
 

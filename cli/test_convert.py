@@ -752,6 +752,13 @@ def test_a_checkpoint_in_the_form_of_llama_3_2_converts_and_goes_back(release, t
         assert all((a - b).abs().max() < 1e-4 + start * 2**-23 for a, b in zip(table, right))
 
 
+def test_memory_layers_without_positions_are_no_llama_for_transformers(tmp_path, capsys):
+    model = small_model(mem_layers=(1,), mem_positionals=False)
+    convert.save_pretrained(model, tmp_path / "ours", TINY / "tokenizer.model")
+    assert run_convert("--input", tmp_path / "ours", "--output", tmp_path / "hf", "--to-hf") == 2
+    assert "mem_positionals false is no LLaMA" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+
+
 @torch.no_grad()
 def test_mem_layers_and_window_put_memory_on_a_plain_llama(tmp_path, capsys):
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -29,6 +29,7 @@ from cli.loading import TINY, load, overflow_warnings, own_memory, pick_device, 
 from fast import FastLlama, FastMemory
 from fast.test_model import small_model
 from longllama import Cache, Memory
+from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 
@@ -226,7 +227,7 @@ def test_a_memory_that_does_not_know_a_setting_is_refused(own):
 @torch.no_grad()
 def test_overflow_is_warned_of_only_where_there_is_one_and_a_way_around_it():
     def warned(model: FastLlama, T: int, new: int, cache: Cache | None = None) -> list[str]:
-        return list(warnings("sea", T, new, model, cache or model.new_cache()))
+        return list(overflow_warnings(T, new, model, cache or model.new_cache()))
 
     assert warned(small_model(keep_local=2), 10, 10) == []
     model = small_model()
@@ -238,9 +239,10 @@ def test_overflow_is_warned_of_only_where_there_is_one_and_a_way_around_it():
 
 
 def test_a_bos_token_as_text_is_warned_of():
-    model = small_model()
-    assert "bos token" in next(warnings(" <s> sea", 3, 1, model, model.new_cache()))
-    assert list(warnings("sea <s>", 3, 1, model, model.new_cache())) == []
+    model, tokenizer = small_model(), Tokenizer(TINY / "tokenizer.model")
+    given = [1, 2, 3], 1, model, tokenizer, model.new_cache()
+    assert "the text <s>; the bos token is added" in next(warnings(" <s> sea", *given))
+    assert list(warnings("sea <s>", *given)) == []
 
 
 @torch.no_grad()

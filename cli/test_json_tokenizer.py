@@ -1,7 +1,9 @@
 """Ids and texts of a tokenizer.json are those that transformers gives, streamed or not."""
 
+import copy
 import hashlib
 import json
+import pickle
 import random
 import shutil
 import sys
@@ -279,3 +281,11 @@ def test_a_models_folder_may_have_a_tokenizer_json_but_a_tokenizer_model_comes_f
     assert "eos_token_id 2 ends no text of tokenizer.json: it ends at" in capsys.readouterr().err
     shutil.copyfile(TINY / "tokenizer.model", tmp_path / "m" / "tokenizer.model")
     assert load(tmp_path / "m", torch.device("cpu"))[1].digest == Tokenizer(TINY / "tokenizer.model").digest
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces", "model"])
+def test_a_copy_is_the_same_tokenizer(kind, tmp_path):
+    path = TINY / "tokenizer.model" if kind == "model" else write_tokenizer(tmp_path, kind)
+    tokenizer = Tokenizer(path)
+    for twin in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert all(twin.encode(text) == tokenizer.encode(text) for text in [*MORE, *CONTROL])

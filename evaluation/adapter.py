@@ -116,7 +116,7 @@ class LongLlamaLM(TemplateLM):
         mask = padded([[1] * len(prompt) for prompt in prompts], 0)
         targets = padded(continuations, IGNORED)  # (B, n)
         B, n = targets.shape
-        hidden, _ = self.model.hidden_states(ids, mask=mask, last=self.stay_local(0), wanted=n)  # (B, n, C)
+        hidden, _ = self.model.hidden_states(ids, None, mask, self.stay_local(0), n)  # (B, n, C)
         scores, greedy, at_once = [], [], max(POSITIONS // B, 1)
         for x, right in zip(hidden.split(at_once, dim=1), targets.split(at_once, dim=1)):
             logits = self.model.logits(x).float()  # (B, at_once, V)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from longllama import require
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROUNDED = {"weight_int8": ("I8", torch.int8), "weight_int4": ("U8", torch.uint8)}  # by the ends of their names
+AT_ONCE = 1 << 24  # numbers of a weight that are copied from a GPU at once
 NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {dtype: name for name, dtype in ROUNDED.values()}
 NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.bool: "BOOL"}
 
@@ -133,6 +135,15 @@ def unread(folder: Path) -> list[str]:
     files = weight_files(folder, "model.safetensors")
     beside = [*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]
     return sorted(path.name for path in beside if path not in files)
+
+
+def checksum(x: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor: it tells weights apart, nobody gains by making two look alike, and it is three times as
+    fast as the fastest of hashlib on a CPU without instructions for them."""
+    value = 0
+    for piece in x.flatten().split(AT_ONCE):
+        value = crc32(piece.cpu().view(torch.uint8).numpy(), value)
+    return value
 
 
 def is_finite(x: Tensor) -> bool:

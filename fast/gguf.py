@@ -133,12 +133,13 @@ def plain(value):
 
 def rope_scaling(metadata: dict, config: dict, factors) -> dict | None:
     """As config.json has it. Instead of Llama 3's settings GGUF has the factors that follow from them: so they are checked."""
-    kind = metadata.get("llama.rope.scaling.type", "none")
+    kind = metadata.get("llama.rope.scaling.type", "linear")
     factor = plain(metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0)))
     require(kind in ("none", "linear"), f"llama.rope.scaling.type {kind!r} is not supported, only 'linear'")
+    scales = kind == "linear" and factor not in (0.0, 1.0)
     if factors is None:
-        return {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None
-    require(factor in (0.0, 1.0), f"{FACTORS} and linear scaling, which are there both, are not supported")
+        return {"rope_type": "linear", "factor": factor} if scales else None
+    require(not scales, f"{FACTORS} and linear scaling, which are there both, are not supported")
     given, D = torch.from_numpy(np.array(factors.data)).flatten().double(), config["head_dim"]
     original = metadata.get("llama.rope.scaling.original_context_length", 8192)
     numbers = type(original) is int and type(D) is int and type(config["rope_theta"]) in (int, float)
@@ -185,22 +186,16 @@ def dequantised(tensor, shape: list[int], heads: int | None) -> Tensor:
     return x
 
 
-# What a BPE tokenizer cuts a text into first, by llama.cpp's names, as the tokenizer.json of these models says it: patterns in
-# order, or digits one by one; and whether a piece that is a token needs no merges.
+# What a BPE tokenizer cuts a text into first, by llama.cpp's names, as the tokenizer.json of these models says it: a pattern, or
+# None for GPT-2's; whether digits stand alone; and whether a piece that is a token needs no merges.
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PATTERNS = {
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-    "tekken": TEKKEN,
-    "gpt-2": "",
-    "smollm": "digits",
-}
+CUTS = dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (LLAMA3, False, True))
+CUTS |= {"tekken": (TEKKEN, False, True), "gpt-2": (None, False, False), "smollm": (None, True, False)}
 
 
 def tokenizer_files(metadata: dict, config: dict) -> dict[str, bytes]:
@@ -244,18 +239,18 @@ def bpe(metadata: dict, tokens: list[str], types: list[int], bos: str | None) ->
     """A tokenizer.json. bos: what a text begins with."""
     hf = optional("tokenizers", "tokenizers")
     name, merges = metadata["tokenizer.ggml.pre"], metadata["tokenizer.ggml.merges"]
-    known = isinstance(name, str) and name in PATTERNS
-    require(known, f"tokenizer.ggml.pre {name!r} is not supported, only {', '.join(PATTERNS)}")
+    known = isinstance(name, str) and name in CUTS
+    require(known, f"tokenizer.ggml.pre {name!r} is not supported, only {', '.join(CUTS)}")
     pairs = [tuple(x.split(" ")) if isinstance(x, str) else () for x in merges] if isinstance(merges, list) else [()]
     require(all(len(pair) == 2 for pair in pairs), "tokenizer.ggml.merges must be a list of pairs")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     known = all(x in vocabulary for a, b in pairs for x in (a, b, a + b))
     require(known, "tokenizer.ggml.merges has a pair of which one, or both together, are no token")
-    pattern, cut = PATTERNS[name], hf.pre_tokenizers
-    first = cut.Split(hf.Regex(pattern), "isolated") if pattern in (LLAMA3, TEKKEN) else cut.Digits(True)
-    whole = cut.ByteLevel(add_prefix_space=False, use_regex=pattern in ("", "digits"))
-    made = hf.Tokenizer(hf.models.BPE(vocabulary, pairs, ignore_merges=pattern in (LLAMA3, TEKKEN)))
-    made.pre_tokenizer = cut.Sequence([first, whole]) if pattern else whole
+    (pattern, digits, whole), cut = CUTS[name], hf.pre_tokenizers
+    made = hf.Tokenizer(hf.models.BPE(vocabulary, pairs, ignore_merges=whole))
+    steps = [cut.Split(hf.Regex(pattern), "isolated")] if pattern else [cut.Digits(True)] if digits else []
+    steps.append(cut.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
+    made.pre_tokenizer = cut.Sequence(steps) if len(steps) > 1 else steps[0]
     made.decoder = hf.decoders.ByteLevel()
     if bos is not None:
         template = {"single": [bos, "$A"], "pair": [bos, "$A", f"{bos}:1", "$B:1"]}

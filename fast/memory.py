@@ -83,7 +83,6 @@ class FastMemory(Memory):
 
     def attend(self, q: Tensor, real: Tensor | None) -> Attended:
         """Attention of q (B, H, T, D) over all tokens remembered, at least one; `real` begins with theirs, see `attend`."""
-        self.forget(real)
         if not self.scales:
             return self.attend_stored(q, real)
         repeats = q.shape[1] // self.scales[0].shape[1]  # query heads that share a key head

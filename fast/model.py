@@ -200,20 +200,20 @@ class FastLlama(LongLlama):
             logits, cache = super().forward(*given)
         return logits.clone(), cache  # an ordinary tensor
 
-    def hidden_states(self, input_ids, cache=None, mask=None, last=None, wanted=0) -> tuple[Tensor, Cache]:
-        (B, T), config = input_ids.shape, self.config
+    def hidden_states(
+        self, input_ids, cache=None, attention_mask=None, last_context_length=None, logits_to_keep=0
+    ) -> tuple[Tensor, Cache]:
+        T, last, config = input_ids.shape[1], last_context_length, self.config
         require(T > 0, "input_ids must hold at least one token; an empty text starts from the bos token")
         require(last is None or is_count(last), f"last_context_length must be at least 1, not {last!r}")
-        require(wanted >= 0, f"logits_to_keep must be at least 0, not {wanted}")
+        require(logits_to_keep >= 0, f"logits_to_keep must be at least 0, not {logits_to_keep}")
         float8 = config.mem_layers and config.mem_dtype == "float8_e4m3fn"
         require(not (float8 and torch.is_grad_enabled()), "float8 memory has no gradients: read under torch.no_grad()")
-        if mask is not None:
-            require(mask.shape == (B, T), f"attention_mask must be {(B, T)}, not {tuple(mask.shape)}")
         if cache is not None:
             configs = config, cache.config
             shapes = {(c.num_hidden_layers, c.mem_layers, c.num_key_value_heads, c.head_dim) for c in configs}
             require(len(shapes) == 1, "the cache was made for a model of another shape")
-        return super().hidden_states(input_ids, cache, mask, last, wanted)
+        return super().hidden_states(input_ids, cache, attention_mask, last, logits_to_keep)
 
     def forward_cross_batch(self, input_ids: Tensor, extra: list[int], detached=False) -> Tensor:
         rows = len(input_ids)

@@ -13,14 +13,13 @@ from dataclasses import asdict, fields
 from hashlib import sha256
 from itertools import count, takewhile
 from pathlib import Path
-from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fast.context import FastContext
-from fast.files import NAMES, as_weights, write_safetensors
+from fast.files import NAMES, as_weights, checksum, write_safetensors
 from fast.memory import FastMemory
 from fast.model import FastLlama
 from fast.storage import padded
@@ -34,7 +33,6 @@ FREE_SETTINGS = (
     "head_dim", "weight_dtype",  # which the hash of weights tells
 )  # fmt: skip
 LENGTHS = ("batch_size", "local_length", "memory_length")  # of a Cache
-AT_ONCE = 1 << 24  # numbers of a weight that are copied from a GPU at once
 
 Layout = dict[str, tuple[list[int], torch.dtype]]  # name -> shape, dtype
 
@@ -49,15 +47,7 @@ def settings(model: FastLlama) -> dict:
 
 
 def hash_weights(model: FastLlama) -> str:
-    """A hash of every weight, by its name. It tells models apart, and nobody gains by making two look alike: so CRC-32, which is
-    three times as fast as the fastest of hashlib on a CPU without instructions for them."""
-
-    def checksum(tensor: Tensor) -> int:
-        value = 0
-        for piece in tensor.flatten().split(AT_ONCE):
-            value = crc32(piece.cpu().view(torch.uint8).numpy(), value)
-        return value
-
+    """A hash of every weight, by its name."""
     tensors = model.hf_tensors()
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         checksums = list(zip(tensors, threads.map(checksum, tensors.values())))

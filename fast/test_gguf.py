@@ -145,6 +145,8 @@ def test_heads_of_their_own_size_and_a_linear_scale_are_kept(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", tensors_of(model), metadata_of(model) | spm_metadata(96) | scale)
     ours = load(path, tmp_path / "ours")
     assert ours.config.rope_scaling == {"rope_type": "linear", "factor": 2.5} and ours.config.rms_norm_eps == 1e-5
+    none = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.5}  # which llama.cpp does not scale
+    assert load(whole(tmp_path, none), tmp_path / "unscaled").config.rope_scaling is None
     assert (ours(ids)[0] - model(ids).logits).abs().max() < 1e-4
 
 

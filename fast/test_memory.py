@@ -419,6 +419,7 @@ def test_a_memory_that_chooses_remembers_just_those_tokens(own, kind, place, pad
         start += n
         mask = real[:, :, :start] if padded else None
         q = torch.randn(B, 4, 3, D)
+        memory.forget(mask)
         out, lse = memory.attend(q, mask)
         assert memory.length == start
         # what it should have kept
@@ -455,9 +456,11 @@ def test_choose_is_asked_once_after_each_append_and_is_shown_keys_as_they_are_st
     memory, k = Asked(small_config(mem_dtype=FLOAT8, hidden_size=48)), torch.randn(1, 4, 10, 12)
     real = torch.ones(1, 1, 10, 1, dtype=torch.bool)
     memory.append(k[:, :, :6], k[:, :, :6])
+    memory.forget(real[:, :, :6])
     for _ in range(3):
         memory.attend(torch.randn(1, 4, 1, 12), real[:, :, :6])
     memory.append(k[:, :, 6:], k[:, :, 6:])
+    memory.forget(real)
     for _ in range(2):
         memory.attend(torch.randn(1, 4, 1, 12), real)
     assert [x.shape[2] for x, _ in shown] == [x.shape[2] for _, x in shown] == [6, 10]
@@ -490,6 +493,7 @@ def test_gradients_flow_through_what_is_chosen():
     k, v = torch.randn(2, 1, 4, 30, 8, requires_grad=True).unbind()
     for part in (slice(0, 20), slice(20, 30)):
         memory.append(k[:, :, part], v[:, :, part])
+        memory.forget(None)
         out = memory.attend(torch.randn(1, 4, 2, 8), None)[0]
     (gradient,) = torch.autograd.grad(out.square().sum(), v)
     kept = gradient.abs().amax(dim=(0, 1, 3)) > 0

@@ -235,7 +235,7 @@ def test_caches_of_a_fast_model_are_fast_and_have_its_limits():
 @torch.no_grad()
 def test_weights_are_exchanged_with_the_model_of_longllama_py_and_logits_are_its_own():
     fast = small_model(num_key_value_heads=2)
-    core = {name: value for name, value in asdict(fast.config).items() if name not in ("mem_topk", "mem_device")}
+    core = {name: value for name, value in asdict(fast.config).items() if name in LongLlamaConfig.__dataclass_fields__}
     plain = LongLlama(LongLlamaConfig(**core)).eval()
     plain.load_state_dict(fast.state_dict())
     assert isinstance(FastLlama(plain.config).config, FastConfig)

@@ -282,5 +282,5 @@ def test_kinds_that_there_are_not_are_refused(kind):
 
 
 def test_int4_of_rows_that_are_no_groups_is_refused():
-    with pytest.raises(ValueError, match="rows have 32 and 48: take int8"):
+    with pytest.raises(ValueError, match="rows have 32, 32, 48: take int8"):
         small_config(weight_dtype="int4")

@@ -39,6 +39,9 @@ def test_a_base_in_which_any_weight_differs_is_refused(tuned, tmp_path):
             laid_over(tuned[0], as_weights(base | changed), "there")
     with pytest.raises(ValueError, match="was tuned from other weights"):
         laid_over(tuned[0], as_weights(dict([*base.items()][:1])), "there")
+    swapped = {"model.layers.0.self_attn.q_proj.weight": base["model.layers.0.self_attn.q_proj.weight"].flip(0)}
+    with pytest.raises(ValueError, match="was tuned from other weights"):  # the same numbers in another order
+        laid_over(tuned[0], as_weights(base | swapped), "there")
     rounded = {name: x.to(torch.bfloat16) for name, x in base.items()}  # the same, stored in fewer bits
     assert laid_over(tuned[0], as_weights(rounded), "there")[0] == tuned[1].config
 

@@ -11,21 +11,15 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
-from fast.files import Weights, as_weights, safetensors_weights, write_safetensors
+from fast.files import Weights, as_weights, checksum, safetensors_weights, write_safetensors
 from fast.model import FastConfig, FastLlama, check_weights
 from longllama import require
 
 
-def checksum(x: Tensor) -> int:
-    """Of the bits of a tensor in bfloat16: the same in any order of summing."""
-    return x.to(torch.bfloat16).contiguous().view(torch.int16).sum().item()
-
-
 def fingerprint(weights: Weights) -> str:
     """A digest of a model's weights in bfloat16, so that they may also be stored in more bits. Reads all of them."""
-    sums = {name: checksum(read()) for name, (_, _, read) in weights.items()}
+    sums = {name: checksum(read().to(torch.bfloat16)) for name, (_, _, read) in weights.items()}
     return sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
