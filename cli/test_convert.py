@@ -47,6 +47,27 @@ def hf_llama(folder: Path, **changes) -> LlamaForCausalLM:
     return model
 
 
+def llama_3_2(folder: Path, release: int = 4, bos: int = 90, ends=(91, 92, 93), **sizes) -> tuple[LlamaForCausalLM, dict]:
+    """A random LLaMA, saved in the form of Llama 3.2 but for the sizes, and how its angles are scaled. release: config.json
+    as it was released, for transformers 4, or as transformers 5 writes it again."""
+    scaling = {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }  # fmt: skip
+    settings = {"head_dim": 32, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05}
+    settings |= {"tie_word_embeddings": True, "bos_token_id": bos, "eos_token_id": [*ends], "pad_token_id": None}
+    reference = hf_llama(folder, rope_parameters=scaling | {"rope_theta": 500000.0}, **settings | sizes)
+    if release == 4:
+        raw = json.loads((folder / "config.json").read_text())
+        del raw["rope_parameters"]
+        raw |= {"rope_theta": 500000.0, "rope_scaling": scaling, "torch_dtype": "float32", "pretraining_tp": 1}
+        (folder / "config.json").write_text(json.dumps(raw))
+    generation = {"bos_token_id": bos, "do_sample": True, "eos_token_id": [ends[0], ends[-1]]}
+    generation |= {"temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return reference, scaling
+
+
 def as_released(folder: Path, layout: str):
     """Turns what transformers saved into a layout of the released checkpoints, rotary tables included."""
     source = {}
@@ -718,22 +739,8 @@ def test_settings_of_memory_go_to_transformers_and_come_back(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("release", [4, 5])
 def test_a_checkpoint_in_the_form_of_llama_3_2_converts_and_goes_back(release, tmp_path, capsys):
-    """Its config.json as it was released, for transformers 4, or as transformers 5 writes it again; but for the sizes."""
     theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
-    scaling = {
-        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    }  # fmt: skip
-    sizes = {"head_dim": 32, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05}
-    sizes |= {"tie_word_embeddings": True, "bos_token_id": 90, "eos_token_id": [91, 92, 93], "pad_token_id": None}
-    reference = hf_llama(theirs, rope_parameters=scaling | {"rope_theta": 500000.0}, **sizes)
-    raw = json.loads((theirs / "config.json").read_text())
-    if release == 4:
-        del raw["rope_parameters"]
-        raw |= {"rope_theta": 500000.0, "rope_scaling": scaling, "torch_dtype": "float32", "pretraining_tp": 1}
-        (theirs / "config.json").write_text(json.dumps(raw))
-    generation = {"bos_token_id": 90, "do_sample": True, "eos_token_id": [91, 93], "temperature": 0.6, "top_p": 0.9}
-    (theirs / "generation_config.json").write_text(json.dumps(generation))
+    reference, scaling = llama_3_2(theirs, release)
     assert run_convert("--input", theirs, "--output", ours) == 0
     assert run_convert("--input", ours, "--output", back, "--to-hf") == 0
     ids = torch.randint(90, (1, 40))

@@ -17,9 +17,13 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import convert
+import generate
+from cli.test_convert import llama_3_2
+from cli.test_ending import run_main
 from cli.test_json_tokenizer import write_tokenizer
 from fast import FastConfig, FastLlama
 from longllama import cross_batch_extra
@@ -239,6 +243,44 @@ def test_memory_layers_alone_are_tuned_and_are_a_small_file_to_lay_over_their_ba
     tune.write_text(json.dumps(tuning | {"phases": [tuning["phases"][0] | {"learning_rate": 0}]}))
     done, still = train(tune, folder, tmp_path / "still", "--init", whole, "--tune", "memory")
     assert done.returncode == 0 and all(torch.equal(x, still[name]) for name, x in before.items())
+
+
+def test_a_checkpoint_in_the_form_of_llama_3_2_gets_a_memory_writes_is_tuned_and_goes_back(
+    recipe, folder, tmp_path, capsys
+):
+    """All of it in one run, with a tokenizer.json of the same form: at both ends transformers writes what generate.py writes."""
+    theirs, ours, tuned, mine, back = (tmp_path / name for name in ("theirs", "ours", "tuned", "mine", "back"))
+    tokenizer = Tokenizer(write_tokenizer(theirs, "bytes"))
+    bos, *ends = (tokenizer.special[f"<|{name}|>"] for name in ("begin_of_text", "end_of_text", "eot_id"))
+    llama_3_2(theirs, bos=bos, ends=ends, vocab_size=tokenizer.vocab_size)
+
+    def run(program, *args) -> str:
+        assert run_main(program.main, *args) == 0
+        return capsys.readouterr().out
+
+    def written(model: Path, prompt: str) -> str:
+        return run(generate, "--model", model, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 20)
+
+    def written_by_transformers(model: Path, prompt: str) -> str:
+        tokenizer, reference = AutoTokenizer.from_pretrained(model), LlamaForCausalLM.from_pretrained(model).float()
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = reference.generate(**ids, do_sample=False, max_new_tokens=20, pad_token_id=0)
+        return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) + "\n"
+
+    run(convert, "--input", theirs, "--output", ours, "--mem-layers", 1, "--window", 64)
+    raw = json.loads(recipe.read_text())
+    raw |= {"model": {}, "phases": [raw["phases"][1] | {"steps": 2}]}
+    (tmp_path / "tune.json").write_text(json.dumps(raw))
+    done, _ = train(tmp_path / "tune.json", folder, tuned, "--init", ours, "--tune", "memory")
+    assert done.returncode == 0, done.stderr
+    run(convert, "--input", ours, "--over", tuned / "memory_layers.safetensors", "--output", mine, "--dtype", "bfloat16")
+    run(convert, "--input", mine, "--output", back, "--to-hf")
+    short, long = "The sea was", LONG_TEXT[:2000]  # nothing in memory, and much
+    before, after = written(ours, short), written(mine, short)
+    assert before == written_by_transformers(theirs, short) != after == written_by_transformers(back, short)
+    assert written(mine, long) == written(tuned, long) != written_by_transformers(back, long)
+    assert (back / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+    assert FastConfig.from_json(mine / "config.json").eos_token_id == tuple(ends)
 
 
 @pytest.mark.parametrize("ids, right", [([2, 900], [2, 900]), ([700, 900, 1], 900), (5, 2)], ids=str)
