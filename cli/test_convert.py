@@ -47,7 +47,9 @@ def hf_llama(folder: Path, **changes) -> LlamaForCausalLM:
     return model
 
 
-def llama_3_2(folder: Path, release: int = 4, bos: int = 90, ends=(91, 92, 93), **sizes) -> tuple[LlamaForCausalLM, dict]:
+def llama_3_2(
+    folder: Path, release: int = 4, bos: int = 90, ends=(91, 92, 93), **sizes
+) -> tuple[LlamaForCausalLM, dict]:
     """A random LLaMA, saved in the form of Llama 3.2 but for the sizes, and how its angles are scaled. release: config.json
     as it was released, for transformers 4, or as transformers 5 writes it again."""
     scaling = {

@@ -273,7 +273,9 @@ def test_a_checkpoint_in_the_form_of_llama_3_2_gets_a_memory_writes_is_tuned_and
     (tmp_path / "tune.json").write_text(json.dumps(raw))
     done, _ = train(tmp_path / "tune.json", folder, tuned, "--init", ours, "--tune", "memory")
     assert done.returncode == 0, done.stderr
-    run(convert, "--input", ours, "--over", tuned / "memory_layers.safetensors", "--output", mine, "--dtype", "bfloat16")
+    run(
+        convert, "--input", ours, "--over", tuned / "memory_layers.safetensors", "--output", mine, "--dtype", "bfloat16"
+    )
     run(convert, "--input", mine, "--output", back, "--to-hf")
     short, long = "The sea was", LONG_TEXT[:2000]  # nothing in memory, and much
     before, after = written(ours, short), written(mine, short)
