@@ -32,7 +32,7 @@ from cli.flags import (
     parser_for,
 )
 from cli.loading import encode_prompt, load, pick_device, warnings
-from cli.progress import Progress, statistics
+from cli.progress import Compiling, Progress, room_for, statistics
 from cli.prompts import continue_prompts, read_prompts
 from cli.texts import read_prompt
 from fast import FastLlama, load_memory, save_memory
@@ -99,7 +99,9 @@ def continue_prompt(args: argparse.Namespace, prompt: str, model: FastLlama, tok
     if not args.quiet:
         for warning in warnings(prompt, ids, args.max_new_tokens, model, tokenizer, cache):
             warn(warning)
-    progress = Progress(model, T, shown=not args.quiet and sys.stderr.isatty())
+    takes = room_for(T, model, cache)
+    progress = Progress(model, T, not args.quiet and sys.stderr.isatty(), takes)
+    compiling = Compiling(args.compile, shown=not args.quiet)
     times = [time.perf_counter()]
     most = max(args.max_new_tokens, 1) if args.save_memory else args.max_new_tokens  # the first comes when all is read
     try:
@@ -122,10 +124,11 @@ def continue_prompt(args: argparse.Namespace, prompt: str, model: FastLlama, tok
                 break
     finally:  # after Ctrl-C too
         progress.close()
+        compiling.close()
         if new:
             say(text.flush() + "\n")
         if len(times) > 1 and not args.quiet:
-            tell(statistics(cache, progress, T, times, device))
+            tell(statistics(cache, progress, T, times, device, compiling.seconds))
         if unsaved:
             raise unsaved from None
 

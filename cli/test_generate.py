@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import convert
 import generate
 from cli.loading import TINY, load
-from cli.progress import Progress, process_peak, statistics
+from cli.progress import Progress, process_peak, room_for, statistics
 from cli.test_completions import naive
 from cli.test_ending import ROOT, one_line, run_main, run_program
 from cli.test_tokenizer import special_tokenizer
@@ -132,6 +132,23 @@ def test_progress_counts_until_it_is_closed_and_shows_a_bar_of_long_prompts_only
         with torch.no_grad():
             model(torch.ones(1, 9, dtype=torch.long))
         assert progress.tokens == T and capsys.readouterr().err == ""
+
+
+def test_what_a_prompt_takes_is_told_and_refused_before_it_is_read_where_it_can_never_fit(tiny):
+    model, tokenizer = tiny
+    cache, weights = model.new_cache(), sum(p.nbytes for p in model.parameters())
+    takes = room_for(10_000, model, cache)
+    with torch.no_grad():
+        model(torch.ones(1, 10_000, dtype=torch.long), cache)
+    held = cache.memory_bytes + sum(x[:, :, : layer.length].nbytes for layer in cache.layers for x in layer.tensors)
+    assert held <= takes < held * 1.02  # and a little of a file's header
+    assert room_for(10_000, model, model.new_cache(), lambda device: takes + weights) == takes
+    with pytest.raises(
+        ValueError, match="^the keys and values of 10,000 tokens take 0.0 GiB beside weights of 0.0 GiB, and"
+    ):
+        room_for(10_000, model, model.new_cache(), lambda device: takes + weights - 1)
+    forgets, _ = load(TINY, CPU, memory=f"{ROOT / 'examples' / 'own_memory.py'}:Newest")
+    assert room_for(10_000, forgets, forgets.new_cache(), lambda device: 0) == 0
 
 
 def test_standard_input_and_an_empty_prompt_are_prompts(capsys, monkeypatch):
@@ -548,18 +565,26 @@ def test_without_a_compiler_compile_is_refused(tmp_path):
     nothing_cached = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = run_program("generate.py", "--prompt", "The sea", "--device", "cpu", "--compile", env=nothing_cached)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch("generate.py: error: --compile fails here: .*no-such-compiler.*\n", done.stderr)
+    told, error = done.stderr.splitlines()
+    assert "compiling" in told and re.fullmatch("generate.py: error: --compile fails here: .*no-such-compiler.*", error)
 
 
 @compiles
 def test_compiled_layers_give_the_same_text(capsys):
-    prompt = ["--prompt", "The sea " * 200, "--max-new-tokens", 10, *GREEDY, "--quiet"]
+    prompt = ["--prompt", "The sea " * 200, "--max-new-tokens", 10, *GREEDY]
     run_generate(*prompt)
-    eager = capsys.readouterr().out
+    eager = capsys.readouterr()
+    torch.compiler.reset()  # as in a process of its own
     with before_each(FastLlama, lambda model: calls.append(model.compiled_logits is not None)):
         calls = []
         assert run_generate(*prompt, "--compile") == 0
-    assert capsys.readouterr().out == eager != "" and all(calls) and len(calls) == 10
+    out, err = capsys.readouterr()
+    assert out == eager.out != "" and all(calls) and len(calls) == 10
+    told, counted = err.splitlines()
+    assert "compiling the layers" in told and "compiling" not in eager.err
+    assert float(re.search(r"MiB \| compiling ([\d.]+) s$", counted)[1]) > 0
+    assert run_generate(*prompt, "--compile", "--quiet") == 0
+    assert capsys.readouterr() == (out, "")
 
 
 def test_a_vocabulary_that_the_model_lacks_is_a_mistake_of_the_user():

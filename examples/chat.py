@@ -40,7 +40,7 @@ from cli.flags import (
     parser_for,
 )
 from cli.loading import load, overflow_warnings, pick_device
-from cli.progress import Progress
+from cli.progress import Progress, room_for
 from cli.templates import ChatTemplate
 from cli.texts import ASSISTANT, OPENING, USER, read_text
 from fast import FastConfig, FastLlama, load_memory, save_memory
@@ -139,7 +139,7 @@ class Conversation:
     def read(self, past: Past, ids: list[int], show_progress: bool = False) -> Past:
         """The past with its unread ids, and these, in the cache."""
         ids, cache = [*past.unread, *ids], past.cache.fork()
-        progress = Progress(self.model, len(ids), show_progress)
+        progress = Progress(self.model, len(ids), show_progress, room_for(len(ids), self.model, cache))
         try:
             if ids:
                 self.model(self.tensor(ids), cache, logits_to_keep=1)

@@ -52,6 +52,7 @@ from cli.loading import (
     with_special_ids,
 )
 from cli.picture import import_pyplot, save_picture
+from cli.progress import memory_of
 from convert import save_pretrained
 from fast import FastConfig, FastLlama
 from fast.files import as_weights, replacing
@@ -78,13 +79,6 @@ def parameter_count(config: FastConfig) -> int:
         one = FastLlama(replace(config, num_hidden_layers=1, mem_layers=()))
     layer = sum(p.numel() for p in one.layers.parameters())
     return sum(p.numel() for p in one.parameters()) + (config.num_hidden_layers - 1) * layer
-
-
-def memory_of(device: torch.device) -> float:
-    """Bytes; infinity where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 def freeze_but_memory_layers(model: FastLlama):
