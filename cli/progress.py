@@ -23,11 +23,11 @@ def memory_of(device: torch.device) -> float:
 
 
 def room_for(T: int, model: FastLlama, cache: Cache, memory_of=memory_of) -> int:
-    """Bytes that the cache takes once it has read T more tokens; 0 if its memory is of another make, which may forget. Raises
-    ValueError where they can never fit, beside the weights if those are on the same device."""
+    """Bytes that T more tokens take in the cache; 0 if its memory is of another make, which may forget. Raises ValueError where
+    they can never fit, beside the weights if those are on the same device."""
     if not {type(layer.memory) for layer in cache.layers} <= {FastMemory, type(None)}:
         return 0
-    takes, at = memory_nbytes(cache, model, T), model.norm.weight.device
+    takes, at = memory_nbytes(cache, model, T) - cache.memory_bytes, model.norm.weight.device
     device = torch.device(model.config.mem_device or at)
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) if device == at else 0
     told = f"the keys and values of {T:,} tokens take {takes / 2**30:,.1f} GiB"

@@ -147,6 +147,7 @@ def test_what_a_prompt_takes_is_told_and_refused_before_it_is_read_where_it_can_
         ValueError, match="^the keys and values of 10,000 tokens take 0.0 GiB beside weights of 0.0 GiB, and"
     ):
         room_for(10_000, model, model.new_cache(), lambda device: takes + weights - 1)
+    assert room_for(10_000, model, cache) < 1.1 * takes  # what is there already takes no more
     forgets, _ = load(TINY, CPU, memory=f"{ROOT / 'examples' / 'own_memory.py'}:Newest")
     assert room_for(10_000, forgets, forgets.new_cache(), lambda device: 0) == 0
 
