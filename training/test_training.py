@@ -26,6 +26,8 @@ from cli.test_convert import llama_3_2
 from cli.test_ending import run_main
 from cli.test_json_tokenizer import write_tokenizer
 from fast import FastConfig, FastLlama
+from fast.files import as_weights, is_finite
+from fast.tuned import laid_over
 from longllama import cross_batch_extra
 from tokenizer import SentencePieceTokenizer, Tokenizer
 from training import fetch_data
@@ -959,7 +961,26 @@ def test_recipes_for_a_plain_llama_show_memory_layers_positives_and_negatives_in
     shape = {"hidden_size": 576, "num_attention_heads": 9, "num_hidden_layers": 30}
     phase.check_fits(FastConfig(**shape | recipe.model))
     assert contexts(phase, 0, "full") == "(0,0) (1,2) (2,4) (3,4)" and phase.step_tokens == tokens
-    assert phase.learning_rate_at(phase.steps - 1) == pytest.approx(2e-5 * 3200 / 576, rel=0.1)
+    assert phase.learning_rate_at(phase.steps - 1) == phase.learning_rate == 1e-3
+
+
+def test_the_memory_that_comes_along_for_smollm2_is_of_its_recipe_and_is_refused_over_other_weights(tmp_path):
+    """Over SmolLM2 itself, where `python examples/smollm2.py` fetched it, it is laid and reads on."""
+    path, model = HERE / "smollm2_memory.safetensors", Recipe(HERE / "smollm2.json").model
+    attention = load_file(path)
+    assert {x.dtype for x in attention.values()} == {torch.bfloat16} and all(map(is_finite, attention.values()))
+    parts = [f"model.layers.{i}.self_attn.{part}_proj.weight" for i in model["mem_layers"] for part in "qkvo"]
+    assert sorted(attention) == sorted(parts)
+    others = {name: x + 0.01 for name, x in attention.items()}
+    with pytest.raises(ValueError, match="was tuned from other weights than those in elsewhere"):
+        laid_over(path, as_weights(others), Path("elsewhere"))
+    base = HERE.parent / "smollm2"
+    if base.exists():
+        run_main(convert.main, "--input", base, "--over", path, "--output", tmp_path / "laid")
+        config = FastConfig.from_json(tmp_path / "laid" / "config.json")
+        assert {name: getattr(config, name) for name in model} == model | {"mem_layers": tuple(model["mem_layers"])}
+        laid, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "laid", base))
+        assert {name for name, x in laid.items() if not torch.equal(x.float(), before[name].float())} == {*attention}
 
 
 def test_a_recipe_without_a_shape_tunes_what_is_named(folder, tmp_path):
