@@ -32,9 +32,9 @@ def room_for(T: int, model: FastLlama, cache: Cache, memory_of=memory_of) -> int
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) if device == at else 0
     told = f"the keys and values of {T:,} tokens take {takes / 2**30:,.1f} GiB"
     told += f" beside weights of {weights / 2**30:,.1f} GiB" if weights else ""
-    has = memory_of(device)
-    fits = f"{device} has {has / 2**30:,.1f} GiB: try a shorter text, a smaller --mem-dtype, or --mem-device cpu"
-    require(takes + weights <= has, f"{told}, and {fits}")
+    has, less = memory_of(device), ", or --mem-device cpu" * (device.type != "cpu")
+    limit = f"{device} has {has / 2**30:,.1f} GiB: try a shorter text, a smaller --mem-dtype{less}"
+    require(takes + weights <= has, f"{told}, and {limit}")
     return takes
 
 
