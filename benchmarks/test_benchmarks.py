@@ -160,7 +160,7 @@ def test_help_begins_with_what_a_program_is_for_and_ends_with_commands(path, mon
 
 
 @torch.no_grad()
-def test_llama_cpp_and_ours_write_what_transformers_writes_and_8_bits_are_the_files_weights(tmp_path, capsys):
+def test_llama_cpp_writes_what_transformers_writes_and_8_bits_are_the_files_weights(tmp_path, capsys):
     reference, ids = random_llama(vocab_size=2048, num_hidden_layers=22), [*range(5, 40)]
     right = reference.generate(
         torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0

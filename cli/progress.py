@@ -23,8 +23,8 @@ def memory_of(device: torch.device) -> float:
 
 
 def room_for(T: int, model: FastLlama, cache: Cache, memory_of=memory_of) -> int:
-    """Bytes that T more tokens take in the cache; 0 if its memory is of another make, which may forget. Raises ValueError where
-    they can never fit, beside the weights if those are on the same device."""
+    """Bytes that T more tokens take in the cache, its whole local context among them; 0 if its memory is of another make, which
+    may forget. Raises ValueError where they can never fit, beside the weights if those are on the same device."""
     if not {type(layer.memory) for layer in cache.layers} <= {FastMemory, type(None)}:
         return 0
     takes, at = memory_nbytes(cache, model, T) - cache.memory_bytes, model.norm.weight.device
